@@ -1,0 +1,201 @@
+"""Measure how fast redpipe.pyz starts, how large it is, and how long building it takes.
+
+    .venv/bin/python tests/bench/start.py [ROUNDS]
+
+Every round runs each command once, so that a busy moment of the machine strikes them all;
+the table gives medians. Builds with the Python that runs this, and for "foreign bytecode"
+with one of another minor version, when there is one (see REDPIPE_PYTHONS in test_pyz.py).
+Exits with 1 when a bar is missed.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from artefact import ROOT, bare_environment, build, find_pythons, make_bare
+from fake_reddit import FakeReddit, make_post
+
+PASS = "`python3 -c pass`"
+REQUESTS = '`python3 -c "import requests"`'
+
+# A process's peak counts that of the process it was forked from. So the clock is held by
+# an interpreter as small as can be, not by this one.
+STOPWATCH = """
+import posix, sys, time
+quiet = [(posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0)]
+start = time.perf_counter()
+process = posix.posix_spawn(sys.argv[1], sys.argv[1:], posix.environ, file_actions=quiet)
+_, status, usage = posix.wait4(process, 0)
+print(time.perf_counter() - start, usage.ru_maxrss, status)
+"""
+
+
+class Bar(NamedTuple):
+    """How many times as long as the reference a command may take."""
+
+    factor: float
+    reference: str
+
+
+class Run(NamedTuple):
+    seconds: float
+    peak: float
+    """Resident memory at its highest, in MiB."""
+
+
+BARS = {
+    "`--version`": [Bar(3.0, PASS), Bar(0.27, REQUESTS)],
+    "`--help`": [Bar(3.0, PASS), Bar(0.27, REQUESTS)],
+    "`--once`, nothing new": [Bar(1.3, REQUESTS)],
+}
+LARGEST = 1_100_000  # bytes
+LONGEST_BUILD = 3.0  # seconds
+
+
+def check_call(*command: object, **options: object) -> None:
+    """Run a command that has to succeed."""
+    subprocess.run(list(map(str, command)), check=True, timeout=300, **options)
+
+
+def build_here(output: Path, python: str = sys.executable) -> float:
+    """Build, and return the seconds it took."""
+    start = time.perf_counter()
+    done = build(output, python=python)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr)
+    return seconds
+
+
+def make_plain_venv(directory: Path) -> Path:
+    """Make an ordinary virtual environment with the pinned packages in it."""
+    check_call(sys.executable, "-m", "venv", directory)
+    python = directory / "bin" / "python3"
+    lock = ROOT / "requirements.txt"
+    check_call(python, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", lock)
+    return python
+
+
+def foreign_python() -> str | None:
+    """Find a Python of another minor version that can build too."""
+    versions = [p for p in find_pythons() if (3, 10) <= p.version[:2] != sys.version_info[:2]]
+    return versions[-1].path if versions else None
+
+
+def run_timed(command: list[str], environment: dict[str, str]) -> Run:
+    """Run a command once, to a good end."""
+    stopwatch = [sys.executable, "-I", "-S", "-c", STOPWATCH, *command]
+    done = subprocess.run(
+        stopwatch, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
+    seconds, peak, status = done.stdout.split()
+    if status != "0":
+        sys.exit(f"status {status}: {' '.join(command)}")
+    return Run(float(seconds), int(peak) / 1024)
+
+
+def measure(
+    commands: dict[str, list[str]], environment: dict[str, str], rounds: int
+) -> dict[str, Run]:
+    """Run all commands in turn, `rounds` times after a first one; give the medians."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(rounds + 1):
+        for name, command in commands.items():
+            runs[name].append(run_timed(command, environment))
+    return {
+        name: Run(median(r.seconds for r in done[1:]), median(r.peak for r in done[1:]))
+        for name, done in runs.items()
+    }
+
+
+def commands_of(pyz: Path, python: Path, suffix: str, database: Path) -> dict[str, list[str]]:
+    """Name the commands that are measured on one build."""
+    run = [str(python), str(pyz)]
+    return {
+        f"`--version`{suffix}": [*run, "--version"],
+        f"`--help`{suffix}": [*run, "--help"],
+        f"`--once`, nothing new{suffix}": [*run, "--once", str(database), "python"],
+    }
+
+
+def verdict(value: float, limit: float, unit: str) -> str:
+    """Write a bar, and whether it is met."""
+    return f"at most {limit:g} {unit}: {'met' if value <= limit else '**MISSED**'}"
+
+
+def start_rows(medians: dict[str, Run]) -> list[str]:
+    """Write the table of start-up times."""
+    rows = [
+        f"| command | ms | x {PASS} | x {REQUESTS} | peak MiB | bar |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in medians.items():
+        ratio = {other: run.seconds / medians[other].seconds for other in (PASS, REQUESTS)}
+        bars = [verdict(ratio[bar.reference], bar.factor, "x") for bar in BARS.get(name, [])]
+        rows.append(
+            f"| {name} | {run.seconds * 1000:.1f} | {ratio[PASS]:.2f} | {ratio[REQUESTS]:.2f} "
+            f"| {run.peak:.1f} | {'; '.join(bars)} |"
+        )
+    return rows
+
+
+def build_rows(size: int, seconds: float) -> list[str]:
+    """Write the table of the build."""
+    return [
+        "| build | measured | bar |",
+        "|---|---|---|",
+        f"| size | {size / 1e6:.3f} MB | {verdict(size / 1e6, LARGEST / 1e6, 'MB')} |",
+        f"| time, warm cache | {seconds:.2f} s | {verdict(seconds, LONGEST_BUILD, 's')} |",
+    ]
+
+
+def serve_posts() -> FakeReddit:
+    """Serve a full page of posts that are some hours old."""
+    reddit = FakeReddit()
+    for number in range(100):
+        reddit.add(make_post(number, created_utc=int(time.time()) - 20_000 + 100 * number))
+    return reddit
+
+
+def main() -> int:
+    """Measure everything, print the tables, and tell whether all bars are met."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 21
+    with tempfile.TemporaryDirectory() as name, serve_posts() as reddit:
+        work = Path(name)
+        (work / "tmp").mkdir()
+        environment = bare_environment(REDPIPE_URL=reddit.url, TMPDIR=str(work / "tmp"))
+        pyz, database = work / "redpipe.pyz", work / "posts.db"
+        build_here(pyz)  # fills pip's cache
+        build_seconds = median(build_here(pyz) for _ in range(3))
+        bare = make_bare(sys.executable, work / "bare")
+        commands = {
+            PASS: [str(bare), "-c", "pass"],
+            REQUESTS: [str(make_plain_venv(work / "plain")), "-c", "import requests"],
+            **commands_of(pyz, bare, "", database),
+        }
+        if foreign := foreign_python():
+            build_here(work / "foreign.pyz", foreign)
+            commands.update(commands_of(work / "foreign.pyz", bare, ", foreign bytecode", database))
+        check_call(*commands["`--once`, nothing new"], env=environment)
+        table = [
+            f"CPython {platform.python_version()}, medians of {rounds} rounds",
+            "",
+            *start_rows(measure(commands, environment, rounds)),
+            "",
+            *build_rows(pyz.stat().st_size, build_seconds),
+        ]
+    print("\n".join(table))
+    return 1 if "MISSED" in "".join(table) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

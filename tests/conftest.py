@@ -1,0 +1,109 @@
+"""What tests share: an invented Reddit, the recorded samples, the built file as a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import artefact
+from fake_reddit import FakeReddit
+
+pyz, bare_of, bare_python = artefact.pyz, artefact.bare_of, artefact.bare_python  # fixtures
+
+
+class Done(NamedTuple):
+    """Hold what a finished command leaves."""
+
+    status: int
+    """As the shell says it: negative for the signal that ended the process."""
+    out: str
+    err: str
+
+
+class Redpipe:
+    """Run the built file as a user does, with an environment of its own.
+
+    Each run gets PATH, TMPDIR, REDPIPE_URL, and what is passed by name; nothing else.
+    """
+
+    def __init__(self, pyz: Path, python: Path, url: str, directory: Path) -> None:
+        """Keep what every run has in common; `directory` is the working directory."""
+        self.command = [str(python), str(pyz)]
+        self.directory = directory
+        self.tmpdir = directory / "tmp"
+        self.tmpdir.mkdir()
+        self.environment = artefact.bare_environment(TMPDIR=str(self.tmpdir), REDPIPE_URL=url)
+        self.started: list[subprocess.Popen[str]] = []
+
+    def __call__(
+        self, *arguments: object, stdin: str = "", timeout: float = 30, **environment: str
+    ) -> Done:
+        """Run redpipe to its end; end it after `timeout` seconds and fail."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(stdin, timeout)
+        return Done(process.returncode, out, err)
+
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        """Start redpipe and leave it running; the fixture kills it in the end."""
+        process = subprocess.Popen(
+            [*self.command, *map(str, arguments)],
+            cwd=self.directory,
+            env={**self.environment, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        self.started.append(process)
+        return process
+
+    def stop(
+        self,
+        process: subprocess.Popen[str],
+        with_signal: signal.Signals = signal.SIGTERM,
+        timeout: float = 10,
+    ) -> Done:
+        """Send a signal to what `start` gave, and wait for its end."""
+        process.send_signal(with_signal)
+        out, err = process.communicate(timeout=timeout)
+        return Done(process.returncode, out, err)
+
+    def kill_all(self) -> None:
+        """End whatever still runs."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def fake_reddit() -> Iterator[FakeReddit]:
+    """Serve an invented Reddit while the test runs."""
+    with FakeReddit() as reddit:
+        yield reddit
+
+
+@pytest.fixture
+def redpipe(
+    pyz: Path, bare_python: Path, fake_reddit: FakeReddit, tmp_path: Path
+) -> Iterator[Redpipe]:
+    """Give the built file as a command that talks to `fake_reddit`."""
+    redpipe = Redpipe(pyz, bare_python, fake_reddit.url, tmp_path)
+    yield redpipe
+    redpipe.kill_all()
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Give the folder of recorded answers, which is not part of the project."""
+    folder = os.environ.get("REDPIPE_SAMPLES")
+    if not folder:
+        pytest.skip("REDPIPE_SAMPLES does not name a folder of recorded answers")
+    return Path(folder)

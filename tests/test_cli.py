@@ -1,0 +1,708 @@
+"""The command line: arguments, environment, exit statuses, and what is said where."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import logging
+import os
+import pty
+import re
+import select
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import pipeline
+from artefact import ROOT, wait_for
+from conftest import Done, Redpipe
+from fake_reddit import Budget, FakeReddit, json_reply, make_post, reply
+from virtual import VirtualClock
+
+pytestmark = pytest.mark.timeout(60)
+
+Main = Callable[..., Done]
+
+
+@pytest.fixture
+def fake_reddit(fake_reddit: FakeReddit) -> FakeReddit:
+    """Allow a poll a second to those without credentials too."""
+    fake_reddit.budgets["json"] = Budget()
+    return fake_reddit
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    """Load __main__.py under another name."""
+    spec = importlib.util.spec_from_file_location("redpipe_main", ROOT / "__main__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Give back what `main` takes over for good: signals, the logger, the environment."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    logger, environment = logging.getLogger("redpipe"), dict(os.environ)
+    logging_state = (logger.handlers[:], logger.level, logger.propagate)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logger.handlers[:], _, logger.propagate = logging_state
+        logger.setLevel(logging_state[1])
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture
+def main(
+    program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Main]:
+    """Call `main(argv)` in this process, with an environment of its own."""
+
+    def call(*argv: object, **environment: str) -> Done:
+        with process_state_kept():
+            os.environ.clear()
+            os.environ.update({"TMPDIR": str(tmp_path), **environment})
+            status = program.main(list(map(str, argv)))
+        return Done(status, *capsys.readouterr())
+
+    return call
+
+
+def query(database: Path, sql: str) -> list[Any]:
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def stored_ids(database: Path) -> list[str]:
+    return [i for (i,) in query(database, "SELECT id FROM posts ORDER BY id")]
+
+
+def one_line(message: str) -> bool:
+    return bool(re.fullmatch(r"redpipe: [^\n]+\n", message))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "posts.db"
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], "all"),
+        (["python"], "python"),
+        (["r/python"], "python"),
+        (["/r/python"], "python"),
+        (["/r/python/"], "python"),
+        (["Python", "PYTHON", "r/pyThon"], "python"),
+        (["python+rust"], "python rust"),
+        (["r/python+rust", "go"], "python rust go"),
+        (["reddit.com"], "reddit.com"),
+        (["u_some-name"], "u_some-name"),
+    ],
+)
+def test_names_are_read_in_all_spellings(redpipe, fake_reddit, arguments, names):
+    fake_reddit.create(*names.split())
+    done = redpipe("--once", "posts.db", *arguments)
+    assert done == (0, "", "")
+    asked = [seen.path.split("/")[2] for seen in fake_reddit.requests()]
+    assert asked == names.split()
+
+
+BAD_NAMES = [
+    "",
+    "r/",
+    "/",
+    "+",
+    "a+",
+    "a++b",
+    ".",
+    "..",
+    "../a",
+    "a b",
+    "r/a/new",
+    "a/b",
+    "u/name",
+    "a?b=c",
+    "a#b",
+    "a%2fb",
+    "größe",
+    "a\nb",
+    "python\n",
+    "https://www.reddit.com/r/python",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_bad_name_is_a_usage_error_of_one_line(main, database, name):
+    done = main(database, "python", name)
+    assert done.status == 64
+    assert done.out == ""
+    assert one_line(done.err)
+    assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--nonsense"],
+        ["-x"],
+        ["--once", "--once"],
+        ["--once=yes"],
+        ["--interval"],
+        ["--interval="],
+        ["--interval=0"],
+        ["--interval=0.99"],
+        ["--interval=3601"],
+        ["--interval=-5"],
+        ["--interval=soon"],
+        ["--interval=5s"],
+        ["--interval=nan"],
+        ["--interval=inf"],
+        ["--interval=5", "--interval=6"],
+        ["--from=-", "--once"],
+        ["--from=-", "--interval=25"],
+        ["--quiet", "--verbose"],
+        ["-qv"],
+        ["--field=two words"],
+        ["--field="],
+        ["--field=a..b"],
+        ["--field=TITLE"],
+        ["--field=x:Stored_UTC"],
+        ["--field=score", "--field=ups:Score"],
+    ],
+)
+def test_a_bad_option_is_a_usage_error_of_one_line(main, database, options):
+    done = main(*options, database, "python")
+    assert done.status == 64
+    assert done.out == ""
+    assert one_line(done.err)
+    assert not database.exists()
+
+
+def test_no_argument_at_all_asks_for_a_database_and_names_the_help(main):
+    done = main()
+    assert done.status == 64
+    assert done.err == "redpipe: a database is wanted; see redpipe.pyz --help\n"
+
+
+def test_an_unknown_option_is_named(main, database):
+    assert "--froce" in main("--froce", database).err
+
+
+@pytest.mark.parametrize("seconds", ["1", "3600", "2.5", "25"])
+def test_an_interval_within_its_bounds_is_taken(redpipe, fake_reddit, seconds):
+    fake_reddit.create("python")
+    assert redpipe("--once", f"--interval={seconds}", "posts.db", "python").status == 0
+
+
+def test_an_empty_file_name_does_not_mean_reddit(main, database):
+    done = main("--from=", database, REDPIPE_URL="http://127.0.0.1:9")
+    assert done.status in (64, 66)
+    assert one_line(done.err)
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_goes_to_standard_output(redpipe, program, option):
+    assert redpipe(option) == (0, program.USAGE, "")
+
+
+def test_the_version_goes_to_standard_output(redpipe, program):
+    assert redpipe("--version") == (0, f"redpipe {program.VERSION}\n", "")
+
+
+def test_usage_errors_of_the_built_file_are_those_of_main(redpipe, database):
+    done = redpipe("--nonsense", "posts.db")
+    expected = "redpipe: unknown or repeated: --nonsense; see redpipe.pyz --help\n"
+    assert done == (64, "", expected)
+    assert not database.exists()
+
+
+# Environment
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "www.reddit.com",
+        "ftp://127.0.0.1",
+        "http://",
+        "http:127.0.0.1",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:port",
+        "http://[::1",
+        "http://127.0.0.1/?key=sesame",
+        "http://127.0.0.1/#sesame",
+        "http://user:sesame@127.0.0.1",
+        "http://two words",
+        "http://127.0.0.1/\x1b[31m",
+    ],
+)
+def test_a_malformed_address_is_refused_and_not_repeated(main, database, url):
+    done = main("--once", database, "python", REDPIPE_URL=url)
+    assert done.status == 78
+    assert one_line(done.err)
+    assert "REDPIPE_URL" in done.err
+    assert "sesame" not in done.err
+    assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"REDDIT_CLIENT_SECRET": "sesame"}, "REDDIT_CLIENT_ID"),
+        ({"REDDIT_FEED_TOKEN": "sesame"}, "REDDIT_USERNAME"),
+        ({"REDDIT_USERNAME": "some body"}, "REDDIT_USERNAME"),
+        ({"REDDIT_USERNAME": "a\r\nX-Evil: 1"}, "REDDIT_USERNAME"),
+        ({"REQUESTS_CA_BUNDLE": "/nowhere/ca.pem"}, "REQUESTS_CA_BUNDLE"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(main, database, environment, named):
+    done = main("--once", database, "python", **environment)
+    assert done.status == 78
+    assert one_line(done.err)
+    assert named in done.err
+    assert "sesame" not in done.err
+    assert not database.exists()
+
+
+def test_blank_variables_are_unset_ones(redpipe, fake_reddit):
+    fake_reddit.create("python")
+    names = ("REDDIT_CLIENT_ID", "REDDIT_CLIENT_SECRET", "REDDIT_USERNAME", "REDDIT_FEED_TOKEN")
+    done = redpipe("--once", "posts.db", "python", **dict.fromkeys(names, " "))
+    assert done == (0, "", "")
+    assert fake_reddit.log[0].path == "/r/python/new/.json"
+
+
+def test_the_user_agent_names_platform_version_and_user(redpipe, fake_reddit, program):
+    fake_reddit.create("python")
+    redpipe("--once", "posts.db", "python")
+    redpipe("--once", "posts.db", "python", REDDIT_USERNAME="some_body")
+    base = f"{sys.platform}:redpipe:{program.VERSION}"
+    agents = [seen.headers["user-agent"] for seen in fake_reddit.log]
+    assert agents[0] == base
+    assert agents[-1] == f"{base} (by /u/some_body)"
+
+
+# Following, and going on
+
+
+def follow_until(redpipe: Redpipe, database: Path, count: int, *names: str) -> Done:
+    """Follow until so many posts are stored, then stop."""
+    process = redpipe.start("--interval=1", database, *names)
+    wait_for(lambda: database.exists() and database.stat().st_size and counted(database) >= count)
+    return redpipe.stop(process)
+
+
+def counted(database: Path) -> int:
+    """Count the posts; none while there is no table yet."""
+    try:
+        return int(query(database, "SELECT count(*) FROM posts")[0][0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def add_posts(fake_reddit: FakeReddit, numbers: range, subreddit: str = "python") -> list[str]:
+    now = int(time.time()) - 1000
+    return [fake_reddit.add(make_post(n, now + n, subreddit))["id"] for n in numbers]
+
+
+def test_a_second_start_goes_on_without_duplicates(redpipe, fake_reddit, database):
+    first = add_posts(fake_reddit, range(150))
+    assert follow_until(redpipe, database, 150, "python") == (-signal.SIGTERM, "", "")
+    times = query(database, "SELECT id, stored_utc FROM posts ORDER BY id")
+    second = add_posts(fake_reddit, range(150, 200))
+    assert follow_until(redpipe, database, 200, "python") == (-signal.SIGTERM, "", "")
+    assert stored_ids(database) == sorted(first + second)
+    again = query(database, "SELECT id, stored_utc FROM posts ORDER BY id")
+    assert [row for row in again if row[0] in first] == times
+
+
+def test_single_runs_go_on_too_and_find_nothing_twice(redpipe, fake_reddit, database):
+    expected = []
+    for start in (0, 120, 120):
+        expected += add_posts(fake_reddit, range(start, 120 if start == 0 else 130))
+        assert redpipe("--once", database, "python") == (0, "", "")
+        assert stored_ids(database) == sorted(set(expected))
+
+
+def test_other_subreddits_are_added_to_the_same_database(redpipe, fake_reddit, database):
+    python = add_posts(fake_reddit, range(5))
+    rust = add_posts(fake_reddit, range(5, 9), "rust")
+    assert redpipe("--once", database, "python").status == 0
+    assert stored_ids(database) == sorted(python)
+    assert redpipe("--once", database, "python", "rust").status == 0
+    assert stored_ids(database) == sorted(python + rust)
+    names = query(database, "SELECT subreddit FROM cursors ORDER BY subreddit")
+    assert names == [("python",), ("rust",)]
+
+
+def test_a_path_that_is_no_utf_8_is_a_path(redpipe, fake_reddit, tmp_path):
+    ids = add_posts(fake_reddit, range(3))
+    odd = os.fsdecode(b"caf\xe9 ?#%.db")
+    assert redpipe("--once", odd, "python") == (0, "", "")
+    assert stored_ids(tmp_path / odd) == sorted(ids)
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:posts.db?mode=memory"])
+def test_a_database_is_always_a_file(redpipe, fake_reddit, tmp_path, name):
+    ids = add_posts(fake_reddit, range(3))
+    assert redpipe("--once", name, "python") == (0, "", "")
+    assert stored_ids(tmp_path / name) == sorted(ids)
+
+
+# Exit statuses: Reddit
+
+
+@pytest.mark.parametrize("why", ["private", "banned", "quarantined", "missing"])
+def test_a_subreddit_that_cannot_be_read_ends_with_69(redpipe, fake_reddit, why):
+    if why != "missing":
+        fake_reddit.refuse("secret_place", why)
+    done = redpipe("posts.db", "secret_place")
+    assert done.status == 69
+    assert one_line(done.err)
+    assert "r/secret_place" in done.err
+    assert ("does not exist" if why == "missing" else why) in done.err
+
+
+def test_the_others_are_stored_before_a_single_run_ends_with_69(redpipe, fake_reddit, database):
+    ids = add_posts(fake_reddit, range(5))
+    done = redpipe("--once", database, "python", "missing_place")
+    assert done.status == 69
+    assert one_line(done.err)
+    assert stored_ids(database) == sorted(ids)
+
+
+def test_wrong_credentials_end_with_77(redpipe, fake_reddit):
+    fake_reddit.create("python")
+    wrong = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "wrong"}
+    done = redpipe("posts.db", "python", **wrong)
+    assert done.status == 77
+    assert one_line(done.err)
+    assert "credentials" in done.err
+
+
+def test_a_blocked_address_ends_with_77(redpipe, fake_reddit):
+    fake_reddit.anonymous_json_blocked = fake_reddit.feed_blocked = True
+    done = redpipe("posts.db", "python")
+    assert done.status == 77
+    assert one_line(done.err)
+
+
+def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, fake_reddit):
+    fake_reddit.create("python")
+    fake_reddit.stop()
+    process = redpipe.start("--interval=1", "posts.db", "python")
+    time.sleep(4)  # three tries or more: after 0, 1, 3 s at the latest
+    assert process.poll() is None
+    fake_reddit.start()
+    wait_for(fake_reddit.requests)
+    wait_for(lambda: len(fake_reddit.requests()) > 1)
+    done = redpipe.stop(process)
+    assert done == (
+        -signal.SIGTERM,
+        "",
+        "redpipe: Connection refused; trying again\nredpipe: Reddit answers again\n",
+    )
+
+
+def test_quiet_does_not_say_what_passes(redpipe, fake_reddit):
+    fake_reddit.create("python")
+    fake_reddit.script(reply(503), reply(503))
+    process = redpipe.start("-q", "--interval=1", "posts.db", "python")
+    wait_for(lambda: len(fake_reddit.requests()) >= 4)
+    assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
+
+
+def test_quiet_says_errors(redpipe, fake_reddit):
+    assert one_line(redpipe("--quiet", "--once", "posts.db", "missing_place").err)
+
+
+class NoNetwork:
+    """A fetch that fails after a second, and remembers when."""
+
+    def __init__(self, clock: VirtualClock, error: pipeline.RedpipeError) -> None:
+        self.clock = clock
+        self.error = error
+        self.tries: list[float] = []
+
+    def __call__(self, request: pipeline.Request) -> pipeline.Answer:
+        self.tries.append(self.clock.monotonic())
+        self.clock.advance(1)
+        raise self.error
+
+
+def give_up(access: pipeline.Access, fetch: NoNetwork, path: Path) -> pipeline.Failed:
+    """Run once until the patience ends, on the virtual clock."""
+    reddit = pipeline.Reddit(access, fetch, fetch.clock)
+    with (
+        pipeline.Database(str(path), clock=fetch.clock) as memory,
+        pytest.raises(pipeline.Failed) as failed,
+    ):
+        list(pipeline.stream(reddit, ["python"], memory, once=True, chance=lambda: 0.5))
+    return failed.value
+
+
+def test_a_single_run_has_two_minutes_of_patience_and_tries_at_their_end(database):
+    fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
+    failed = give_up(pipeline.Access(client_id="app-id"), fetch, database)
+    assert (str(failed), failed.exit_status) == ("no route to host", 75)
+    assert fetch.tries[-1] == pytest.approx(120, abs=0.01)
+    assert max(b - a for a, b in pairwise(fetch.tries)) <= 6
+    assert query(database, "SELECT count(*) FROM cursors") == [(0,)]
+
+
+def test_waiting_for_the_budget_is_no_failure_but_ends_too(database):
+    fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
+    assert str(give_up(pipeline.Access(), fetch, database)) == "no route to host"
+    assert all(b - a >= 60 for a, b in zip(fetch.tries, fetch.tries[10:], strict=False))
+    assert 120 <= fetch.tries[-1] <= 600
+
+
+# Exit statuses: the database
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def make_foreign(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE posts (id INTEGER)")
+        connection.execute("INSERT INTO posts VALUES (7)")
+        connection.commit()
+
+
+def make_newer(path: Path) -> None:
+    pipeline.Database(str(path)).__exit__()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 2")
+
+
+def make_of_another_program(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA application_id = 1")
+        connection.execute("VACUUM")
+
+
+REFUSED_DATABASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a directory": (Path.mkdir, "no regular file"),
+    "a text": (lambda path: path.write_text("Dear diary,\n" * 100), "no SQLite database"),
+    "a single byte": (lambda path: path.write_bytes(b"\0"), "no SQLite database"),
+    "foreign SQLite": (make_foreign, "another program"),
+    "another id": (make_of_another_program, "another program"),
+    "a newer version": (make_newer, "a newer redpipe"),
+    "a pipe": (os.mkfifo, "no regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/null"), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_DATABASES)
+def test_what_is_not_ours_is_refused_untouched(redpipe, fake_reddit, tmp_path, kind):
+    make, words = REFUSED_DATABASES[kind]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder / "posts.db")
+    before = bytes_of(folder)
+    fake_reddit.create("python")
+    done = redpipe("--once", "data/posts.db", "python", timeout=10)
+    assert done.status == 73
+    assert done.out == ""
+    assert one_line(done.err)
+    assert str(folder / "posts.db") in done.err
+    assert words in done.err
+    assert bytes_of(folder) == before
+
+
+def test_a_missing_folder_is_named(redpipe, tmp_path):
+    done = redpipe("--once", "nowhere/posts.db", "python")
+    assert done.status == 73
+    assert one_line(done.err)
+    assert str(tmp_path / "nowhere") in done.err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_database_is_refused_before_reddit_is_asked(redpipe, fake_reddit, tmp_path):
+    (tmp_path / "posts.db").write_text("Dear diary")
+    assert redpipe("--once", "posts.db", "python").status == 73
+    assert fake_reddit.log == []
+
+
+def test_an_empty_file_becomes_a_database(redpipe, fake_reddit, database):
+    database.touch()
+    ids = add_posts(fake_reddit, range(3))
+    assert redpipe("--once", database, "python") == (0, "", "")
+    assert stored_ids(database) == sorted(ids)
+
+
+# What is said where
+
+
+def test_verbose_tells_of_every_poll(redpipe, fake_reddit):
+    add_posts(fake_reddit, range(3))
+    process = redpipe.start("-v", "--interval=1", "posts.db", "python")
+    wait_for(lambda: len(fake_reddit.requests()) >= 3)
+    done = redpipe.stop(process)
+    told = [line for line in done.err.splitlines() if "/r/python/new" in line]
+    assert len(told) >= 3
+    assert all(line.startswith("redpipe: ") for line in done.err.splitlines())
+    assert "\r" not in done.err
+    assert done.out == ""
+
+
+class Terminal:
+    """A pseudo-terminal; what has been written to it is kept."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+        self.shown = b""
+
+    def screen(self) -> list[str]:
+        """Give the lines as they stand on the screen, when all has been written."""
+        lines, column = [""], 0
+        for character in self.read().decode():
+            if character == "\r":
+                column = 0
+            elif character == "\n":
+                lines.append("")
+            else:
+                lines[-1] = lines[-1][:column] + character + lines[-1][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in lines]
+
+    def read(self, seconds: float = 0.05) -> bytes:
+        """Take in what has come, and give all of it."""
+        while select.select([self.master], [], [], seconds)[0]:
+            try:
+                self.shown += os.read(self.master, 65536)
+            except OSError:  # nobody has the other end open any more
+                break
+        return self.shown
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+def start_on(
+    terminal: Terminal, redpipe: Redpipe, *arguments: object
+) -> subprocess.Popen[str]:
+    """Start redpipe with a terminal for its standard error."""
+    process = subprocess.Popen(
+        [*redpipe.command, *map(str, arguments)],
+        cwd=redpipe.directory,
+        env=redpipe.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=terminal.slave,
+        text=True,
+    )
+    redpipe.started.append(process)
+    return process
+
+
+def test_a_terminal_shows_a_progress_line_that_ends_with_a_newline(
+    redpipe, fake_reddit, terminal
+):
+    add_posts(fake_reddit, range(150))
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    wait_for(lambda: b"150 posts stored" in terminal.read())
+    redpipe.stop(process)
+    (line, after) = terminal.screen()
+    assert re.fullmatch(
+        r"redpipe: 150 posts stored, [\d.]+/s, newest [\d,]+ s ago, \d+ requests left", line
+    )
+    assert after == ""
+
+
+def test_a_message_is_written_above_the_progress_line(redpipe, fake_reddit, terminal):
+    add_posts(fake_reddit, range(3))
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    wait_for(lambda: b"3 posts stored" in terminal.read())
+    fake_reddit.script(reply(503))
+    wait_for(lambda: b"answers again" in terminal.read())
+    redpipe.stop(process)
+    lines = terminal.screen()
+    assert lines[:2] == [
+        "redpipe: status 503, no listing: nothing; trying again",
+        "redpipe: Reddit answers again",
+    ]
+    assert lines[2].startswith("redpipe: 3 posts stored, ")
+    assert lines[3:] == [""]
+
+
+def test_a_narrow_terminal_gets_a_short_line(redpipe, fake_reddit, terminal):
+    add_posts(fake_reddit, range(3))
+    fcntl.ioctl(terminal.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    wait_for(lambda: b"3 posts stored" in terminal.read())
+    redpipe.stop(process)
+    assert max(map(len, terminal.screen())) == 29
+
+
+def test_quiet_shows_no_progress_on_a_terminal(redpipe, fake_reddit, terminal):
+    add_posts(fake_reddit, range(3))
+    process = start_on(terminal, redpipe, "-q", "--interval=1", "posts.db", "python")
+    wait_for(lambda: len(fake_reddit.requests()) >= 3)
+    redpipe.stop(process)
+    assert terminal.read() == b""
+
+
+NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnihton\x00\x7f\nsecond line"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json_reply(403, {"reason": NASTY, "message": NASTY, "error": 403}),
+        json_reply(404, {"message": NASTY, "error": 404}),
+    ],
+)
+def test_control_characters_of_reddit_never_reach_a_terminal(
+    redpipe, fake_reddit, terminal, answer
+):
+    fake_reddit.script(answer)
+    process = start_on(terminal, redpipe, "-v", "--once", "posts.db", "python")
+    assert process.wait(20) == 69
+    shown = terminal.read().decode()
+    assert "owned" in shown
+    assert not set("\x1b\x07\x9b\u202e\x00\x7f") & set(shown)
+    assert "\nsecond" not in shown
+
+
+def test_a_stream_that_can_only_say_ascii_is_no_obstacle(redpipe):
+    done = redpipe("--once", "größe/posts.db", "python", PYTHONIOENCODING="ascii")
+    assert done.status == 73
+    assert one_line(done.err)

@@ -1,0 +1,635 @@
+"""--from: posts out of files and pipes, good lines and bad ones."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pty
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from artefact import wait_for
+from fake_reddit import make_post
+from pipeline import BadLines, Database, load, open_file, read_file, transform
+from virtual import VirtualClock
+
+COLUMNS = "id, created_utc, subreddit, title, author, author_name, permalink"
+MEBIBYTE = 2**20
+
+# A process's peak counts that of the process it was forked from, so an interpreter as
+# small as can be starts what is measured; it gives the peak in KiB.
+PEAK = """
+import posix, sys
+process = posix.posix_spawn(sys.argv[1], sys.argv[1:], posix.environ)
+_, status, usage = posix.wait4(process, 0)
+print(usage.ru_maxrss, status)
+"""
+
+
+def write_lines(path, *lines):
+    """Write a file of lines; what is no bytes is written as JSON."""
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(text + b"\n" for text in texts))
+    return path
+
+
+def numbered(numbers):
+    """Invent posts by their numbers, as bytes of a file."""
+    return b"".join(json.dumps(make_post(n)).encode() + b"\n" for n in numbers)
+
+
+def thing(kind, **data):
+    return {"kind": kind, "data": data}
+
+
+def listing(*children):
+    return thing("Listing", after=None, children=list(children))
+
+
+def rows(database, columns="id", table="posts"):
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1").fetchall()
+
+
+def ids(database):
+    return [row[0] for row in rows(database)]
+
+
+def count(database):
+    """Count the posts, of a database that may not be there yet."""
+    try:
+        return len(ids(database))
+    except sqlite3.Error:
+        return 0
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "posts.ndjson"
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "posts.db"
+
+
+@pytest.fixture
+def import_file(file, database):
+    """Import lines within this process, and give the posts stored or filled."""
+
+    def import_file(*lines, names=(), clock=None):
+        write_lines(file, *lines)
+        with (
+            Database(str(database), clock=clock or VirtualClock()) as opened,
+            open_file(str(file)) as source,
+        ):
+            return sum(
+                load(opened, [transform(post) for post in batch.posts], batch.cursors, batch.gaps)
+                for batch in read_file(source, names)
+            )
+
+    return import_file
+
+
+# --- what a line may be
+
+
+def test_posts_things_and_listings_are_mixed_at_will(redpipe, fake_reddit, file, database):
+    write_lines(
+        file,
+        {
+            "id": "a1",
+            "created_utc": 1700000001,
+            "subreddit": "Python",
+            "title": "One",
+            "author": "somebody",
+            "author_fullname": "t2_1",
+            "permalink": "/r/Python/comments/a1/one/?ref=x",
+        },
+        thing("t3", name="t3_a2", created_utc=1700000002.0, author="[deleted]"),
+        listing(thing("t3", id="a3", title="Three"), thing("t3", id="a4"), thing("t5", id="x")),
+        {"name": "t3_a5"},
+        listing(),
+    )
+    assert redpipe("--from", file, database) == (0, "", "")
+    assert rows(database, COLUMNS) == [
+        ("a1", 1700000001, "Python", "One", "t2_1", "somebody", "/r/Python/comments/a1/one/"),
+        ("a2", 1700000002, None, None, None, None, None),
+        ("a3", None, None, "Three", None, None, None),
+        ("a4", None, None, None, None, None, None),
+        ("a5", None, None, None, None, None, None),
+    ]
+    assert rows(database, "*", "cursors") == []
+    assert fake_reddit.log == []
+
+
+def test_a_dash_is_standard_input(redpipe, database):
+    assert redpipe("--from=-", database, stdin='{"id": "a1"}\n{"id": "a2"}') == (0, "", "")
+    assert ids(database) == ["a1", "a2"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xef\xbb\xbf" + b'{"id": "a1"}\n{"id": "a2"}\n', id="byte-order mark"),
+        pytest.param(b'{"id": "a1"}\r\n{"id": "a2"}\r\n', id="CRLF"),
+        pytest.param(b'\n  \n{"id": "a1"}\n\r\n\t\n{"id": "a2"}\n\n', id="blank lines"),
+        pytest.param(b'  {"id": "a1"}  \n\t{"id": "a2"}', id="space around, no last newline"),
+    ],
+)
+def test_what_surrounds_the_values_does_no_harm(redpipe, file, database, content):
+    file.write_bytes(content)
+    assert redpipe("--from", file, database) == (0, "", "")
+    assert ids(database) == ["a1", "a2"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_a_file_without_posts_makes_an_empty_database(redpipe, file, database, content):
+    file.write_bytes(content)
+    assert redpipe("--from", file, database) == (0, "", "")
+    assert ids(database) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "selected"),
+    [
+        ([], ["a1", "a2", "a3", "a4", "a5"]),
+        (["all"], ["a1", "a2", "a3", "a4", "a5"]),
+        (["python", "ALL"], ["a1", "a2", "a3", "a4", "a5"]),
+        (["PYTHON"], ["a1", "a2"]),
+        (["r/python", "u_Some-Name"], ["a1", "a2", "a3"]),
+        (["python+reddit.com"], ["a1", "a2", "a4"]),
+        (["none"], []),
+        (["nobody"], []),
+    ],
+)
+def test_names_select_without_regard_to_case(redpipe, file, database, names, selected):
+    write_lines(
+        file,
+        {"id": "a1", "subreddit": "Python"},
+        thing("t3", id="a2", subreddit="pYTHON"),
+        listing(thing("t3", id="a3", subreddit="u_some-name")),
+        {"id": "a4", "subreddit": "reddit.com"},
+        {"id": "a5", "subreddit": None},
+    )
+    assert redpipe("--from", file, database, *names) == (0, "", "")
+    assert ids(database) == selected
+
+
+def test_a_bad_line_is_bad_whatever_is_selected(redpipe, file, database):
+    write_lines(file, {"id": "a1", "subreddit": "rust"}, b"nonsense")
+    assert redpipe("--from", file, database, "python").status == 65
+    assert ids(database) == []
+
+
+# --- bad lines
+
+LONG_INTEGER = b"9" * 5000
+DEEP = b"[" * 200_000 + b"]" * 200_000
+
+BAD_LINES = {
+    "cut off": (b'{"id": "x1", "title": "cut o', "no JSON"),
+    "no JSON": (b"id,title", "no JSON"),
+    "two values": (b'{"id": "x1"} {"id": "x2"}', "no JSON"),
+    "a comment": (thing("t1", id="x1", name="t1_x1"), "another kind of thing"),
+    "an account": (thing("t2", id="x1", name="x1"), "another kind of thing"),
+    "a subreddit": (thing("t5", id="x1", name="t5_x1"), "another kind of thing"),
+    "a more": (thing("more", id="x1", name="t1_x1", children=[]), "another kind of thing"),
+    "no listing": (thing("Listing", children=None), "another kind of thing"),
+    "a bare comment": ({"id": "x1", "name": "t1_x1"}, "another kind of thing"),
+    "a comment of a dump": ({"id": "x1", "link_id": "t3_a1", "body": ""}, "another kind of thing"),
+    "a bare subreddit": ({"id": "x1", "name": "t5_x1"}, "another kind of thing"),
+    "capitals": ({"id": "X1"}, "no usable id"),
+    "a fullname for an id": ({"id": "t3_x1"}, "no usable id"),
+    "no base 36": (thing("t3", id="x-1", name="t3_x-1"), "no usable id"),
+    "an empty id": ({"id": "", "name": "t3_"}, "no usable id"),
+    "a line break in the id": ({"id": "x1\n"}, "no usable id"),
+    "a number for an id": ({"id": 11}, "no usable id"),
+    "no id": ({"title": "Nameless"}, "no usable id"),
+    "a thing without data": ({"kind": "t3", "data": None}, "no usable id"),
+    "no id in a listing": (listing(thing("t3", title="Nameless")), "no usable id"),
+    "an error of Reddit": ({"message": "Forbidden", "error": 403}, "no usable id"),
+    "a number": (b"17", "no JSON object"),
+    "a string": (b'"x1"', "no JSON object"),
+    "a list": (b'[{"id": "x1"}]', "no JSON object"),
+    "null": (b"null", "no JSON object"),
+    "true": (b"true", "no JSON object"),
+    "NaN": (b"NaN", "no JSON object"),
+    "no UTF-8": (b'{"id": "x1", "title": "caf\xe9"}', "no UTF-8"),
+    "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "no UTF-8"),
+    "nested too deeply": (b'{"id": "x1", "x": ' + DEEP + b"}", "nested too deeply"),
+    "too deep, with a long integer": (
+        b'{"id": "x1", "x": [' + LONG_INTEGER + b", " + DEEP + b"]}",
+        "nested too deeply",
+    ),
+    "too long": (b'{"id": "x1", "x": "' + b"x" * (16 * MEBIBYTE) + b'"}', "longer than 16 MiB"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_said_and_stops_no_other(import_file, database, caplog, line, reason):
+    with pytest.raises(BadLines, match=r"^1 line\(s\) were no posts; the others are stored$"):
+        import_file({"id": "a1"}, line, {"id": "a2"})
+    assert ids(database) == ["a1", "a2"]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"line 2: {reason}")
+
+
+def test_bad_lines_end_in_65_with_the_good_ones_stored(redpipe, file, database):
+    lines = [line for line, _ in BAD_LINES.values()]
+    write_lines(file, {"id": "a1"}, *lines, {"id": "a2"})
+    done = redpipe("--from", file, database)
+    assert ids(database) == ["a1", "a2"]
+    assert done.status == 65
+    assert done.out == ""
+    told = done.err.splitlines()
+    assert [line[: line.index(":", 9)] for line in told[:-1]] == [
+        f"redpipe: line {number}" for number in range(2, 12)
+    ]
+    assert told[-1] == f"redpipe: {len(lines)} line(s) were no posts; the others are stored"
+
+
+def test_quiet_says_only_how_many_lines_were_bad(redpipe, file, database):
+    write_lines(file, b"nonsense", {"id": "a1"}, b"nonsense")
+    assert redpipe("-q", "--from", file, database) == (
+        65,
+        "",
+        "redpipe: 2 line(s) were no posts; the others are stored\n",
+    )
+
+
+def test_the_good_posts_of_a_listing_with_a_bad_one_are_stored(redpipe, file, database):
+    write_lines(file, listing(thing("t3", id="a1"), thing("t3", id="-"), thing("t3", id="a2")))
+    done = redpipe("--from", file, database)
+    assert done.status == 65
+    assert "line 1: no usable id" in done.err
+    assert ids(database) == ["a1", "a2"]
+
+
+def test_a_pretty_printed_file_leads_to_jq(redpipe, file, database):
+    file.write_text(json.dumps(listing(thing("t3", id="a1")), indent=4))
+    done = redpipe("--from", file, database)
+    assert done.status == 65
+    assert "jq -c ." in done.err.splitlines()[0]
+    assert len(done.err.splitlines()) == 11
+
+
+def test_lines_are_counted_after_an_overlong_one_with_a_byte_order_mark(import_file, caplog):
+    overlong = b"\xef\xbb\xbf" + b'{"id": "x1", "x": "' + b"x" * (16 * MEBIBYTE) + b'"}'
+    with pytest.raises(BadLines, match=r"^2 line"):
+        import_file(overlong, {"id": "a1"}, b"nonsense")
+    assert [message[:7] for message in caplog.messages] == ["line 1:", "line 3:"]
+
+
+def test_a_line_of_16_mebibytes_is_not_too_long(import_file, database):
+    start, end = b'{"id": "a1", "x": "', b'"}'
+    size = 16 * MEBIBYTE - len(start) - len(end) - 1
+    import_file(start + b"x" * size + end)
+    assert ids(database) == ["a1"]
+
+
+def test_control_characters_of_a_bad_line_are_not_repeated(redpipe, file, database):
+    write_lines(file, {"kind": "\x1b[31m"}, {"id": "\x1b[31m"}, b'{"\x1b[31m": }', b"\x1b[31m")
+    done = redpipe("--from", file, database)
+    assert done.status == 65
+    assert len(done.err.splitlines()) == 5
+    assert done.err.replace("\n", "").isprintable()
+
+
+# --- files that cannot be read
+
+
+@pytest.mark.parametrize("path", ["nowhere.ndjson", ".", "nowhere/posts.ndjson"])
+def test_a_file_that_is_not_there_ends_in_66(redpipe, fake_reddit, database, path):
+    done = redpipe(f"--from={path}", database, timeout=20)
+    assert done.status == 66
+    assert done.err.startswith(f"redpipe: {path}: ")
+    assert len(done.err.splitlines()) == 1
+    assert not database.exists()
+    assert fake_reddit.log == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc/self/mem here")
+def test_a_file_that_breaks_while_it_is_read_ends_in_66(redpipe, database):
+    done = redpipe("--from=/proc/self/mem", database)
+    assert done.status == 66
+    assert done.err == "redpipe: FILE cannot be read: Input/output error\n"
+
+
+def test_a_standard_input_that_cannot_be_read_ends_in_66(redpipe, file, database):
+    with file.open("wb") as write_only:
+        command = [*redpipe.command, "--from=-", str(database)]
+        done = subprocess.run(command, stdin=write_only, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 66
+    assert len(done.stderr.splitlines()) == 1
+
+
+def zstd(data):
+    """Give the start of a .zst file; the standard library writes none."""
+    return b"\x28\xb5\x2f\xfd\x24" + bytes([len(data)]) + b"\x00" + data
+
+
+@pytest.mark.parametrize(
+    ("compress", "command"),
+    [(zstd, "zstdcat"), (gzip.compress, "zcat"), (lzma.compress, "xzcat"), (bz2.compress, "bzcat")],
+)
+@pytest.mark.parametrize("by_pipe", [False, True])
+def test_a_compressed_file_leads_to_the_command_that_reads_it(
+    redpipe, file, database, compress, command, by_pipe
+):
+    file.write_bytes(compress(b'{"id": "a1"}\n'))
+    arguments = ["--from=-" if by_pipe else f"--from={file}", str(database)]
+    with file.open("rb") as source:
+        done = subprocess.run(
+            [*redpipe.command, *arguments],
+            stdin=source,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert done.returncode == 66
+    assert command in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- the same posts again
+
+
+def test_a_second_import_changes_nothing(import_file, database):
+    lines = [make_post(n) for n in range(1234)]
+    assert import_file(*lines) == 1234
+    first = rows(database, "*")
+    assert {row[-1] for row in first} == {1_790_000_000}
+    assert import_file(*lines, clock=VirtualClock(1_800_000_000)) == 0
+    assert rows(database, "*") == first
+
+
+def test_a_post_that_comes_twice_in_a_file_is_stored_once(import_file, database):
+    assert import_file({"id": "a1", "title": "First"}, {"id": "a1", "title": "Second"}) == 1
+    assert rows(database, "id, title") == [("a1", "First")]
+
+
+def test_a_post_that_comes_again_fills_what_was_null_and_overwrites_nothing(import_file, database):
+    import_file({"id": "a1", "title": "Known", "author_fullname": "t2_1"}, {"id": "a2"})
+    again = {
+        "id": "a1",
+        "created_utc": 1700000001,
+        "subreddit": "python",
+        "title": "Another",
+        "author": "[deleted]",
+        "permalink": "/r/python/comments/a1/known/",
+    }
+    assert import_file(again, {"id": "a2"}, clock=VirtualClock(1_800_000_000)) == 1
+    known = ("a1", 1700000001, "python", "Known", "t2_1", None, "/r/python/comments/a1/known/")
+    assert rows(database, COLUMNS) == [known, ("a2", *[None] * 6)]
+    assert rows(database, "id, stored_utc") == [("a1", 1_790_000_000), ("a2", 1_790_000_000)]
+    assert import_file({"id": "a1", "author": "found_again"}) == 1
+    assert import_file({"id": "a1", "author": "renamed", "title": None}) == 0
+    assert rows(database, COLUMNS)[0] == (*known[:5], "found_again", known[6])
+
+
+def test_a_deleted_author_is_not_lost(import_file, database):
+    import_file({"id": "a1", "author": "somebody", "author_fullname": "t2_1"})
+    assert import_file({"id": "a1", "author": "[deleted]"}) == 0
+    assert rows(database, "author, author_name") == [("t2_1", "somebody")]
+
+
+def test_posts_of_a_file_join_those_of_the_stream(redpipe, fake_reddit, file, database):
+    for n in range(3):
+        fake_reddit.add(make_post(n, created_utc=1_790_000_000 + n))
+    assert redpipe("--once", database, "python").status == 0
+    cursors = rows(database, "*", "cursors")
+    file.write_bytes(numbered(range(1, 5)))
+    assert redpipe("--from", file, database, "python").status == 0
+    assert ids(database) == [make_post(n)["id"] for n in range(5)]
+    assert rows(database, "*", "cursors") == cursors
+
+
+# --- the process
+
+
+def test_a_stopped_import_keeps_what_it_committed_and_a_second_one_finishes(
+    redpipe, file, database
+):
+    process = redpipe.start("--from=-", database)
+    process.stdin.buffer.write(numbered(range(1100)))
+    process.stdin.flush()
+    wait_for(lambda: count(database) >= 1000)
+    done = redpipe.stop(process, signal.SIGTERM)
+    assert (done.status, done.err) == (-signal.SIGTERM, "")
+    assert ids(database) == [make_post(n)["id"] for n in range(1000)]
+    assert sorted(path.name for path in database.parent.glob("posts.db*")) == ["posts.db"]
+    file.write_bytes(numbered(range(1100)))
+    assert redpipe("--from", file, database).status == 0
+    assert ids(database) == [make_post(n)["id"] for n in range(1100)]
+
+
+def test_a_killed_import_keeps_what_it_committed_and_a_second_one_finishes(redpipe, file, database):
+    process = redpipe.start("--from=-", database)
+    process.stdin.buffer.write(numbered(range(700)))
+    process.stdin.flush()
+    wait_for(lambda: count(database) >= 500)
+    redpipe.stop(process, signal.SIGKILL)
+    assert ids(database) == [make_post(n)["id"] for n in range(500)]
+    file.write_bytes(numbered(range(700)))
+    assert redpipe("--from", file, database).status == 0
+    assert count(database) == 700
+
+
+def peak_memory(redpipe, database, posts):
+    """Give the peak of resident memory, in bytes, of an import of many posts."""
+    measured = [sys.executable, "-I", "-S", "-c", PEAK, *redpipe.command, "--from=-", str(database)]
+    line = json.dumps(make_post(0, selftext="long " * 500)).encode() + b"\n"
+    identifier = make_post(0)["id"].encode()
+    with subprocess.Popen(measured, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for n in range(posts):
+            process.stdin.write(line.replace(identifier, b"%07d" % n))
+        out, _ = process.communicate(timeout=60)
+    kibibytes, status = out.split()
+    assert status == b"0"
+    assert count(database) == posts
+    return int(kibibytes) * 1024
+
+
+def test_memory_does_not_grow_with_the_file(redpipe, tmp_path):
+    few = peak_memory(redpipe, tmp_path / "few.db", 1000)
+    many = peak_memory(redpipe, tmp_path / "many.db", 10_000)
+    assert many - few < 5_000_000
+
+
+def test_memory_does_not_grow_with_lines_that_select_nothing(redpipe, file, database):
+    """Hold one listing of 12 MB, four and twelve times."""
+    one = json.dumps(listing(*[thing("t3", id=f"a{n}", x="x" * 12_000) for n in range(1000)]))
+    peaks = []
+    for times in (4, 12):
+        file.write_text(f"{one}\n" * times)
+        command = [*redpipe.command, f"--from={file}", str(database), "python"]
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", PEAK, *command],
+            stdout=subprocess.PIPE,
+            timeout=60,
+        )
+        peaks.append(int(done.stdout.split()[0]) * 1024)
+    assert peaks[1] - peaks[0] < 15_000_000
+
+
+def imported(redpipe, *arguments):
+    """Run with -X importtime, and give the names of the modules that were imported."""
+    python, pyz = redpipe.command
+    done = subprocess.run(
+        [python, "-X", "importtime", pyz, *map(str, arguments)],
+        env=redpipe.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0
+    return set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+
+
+def test_requests_is_imported_for_reddit_only(redpipe, fake_reddit, file, database):
+    write_lines(file, {"id": "a1"})
+    network = {"requests", "urllib3", "ssl", "certifi"}
+    assert not network & imported(redpipe, "--from", file, database)
+    fake_reddit.create("python")
+    assert network <= imported(redpipe, "--once", database, "python")
+
+
+def test_a_file_needs_no_sensible_environment(redpipe, file, database):
+    write_lines(file, {"id": "a1"})
+    done = redpipe("--from", file, database, REDPIPE_URL="nonsense", REDDIT_CLIENT_SECRET="alone")
+    assert done == (0, "", "")
+
+
+def test_a_terminal_shows_rate_and_share_done(redpipe, file, database):
+    file.write_bytes(numbered(range(2000)))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*redpipe.command, f"--from={file}", str(database)], stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # how a terminal ends on Linux
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(10) == 0
+    lines = re.findall(
+        r"redpipe: ([\d,]+) posts stored, [\d,]+\.\d/s, (\d+) % read", shown.decode()
+    )
+    assert [stored for stored, _ in lines][:2] == ["500", "1,000"]
+    assert lines[-1] == ("2,000", "100")
+    shares = [int(share) for _, share in lines]
+    assert shares == sorted(shares)
+    assert shown.endswith(b"\n")
+
+
+# --- what files have of their own
+
+
+@pytest.mark.parametrize(
+    ("escaped", "title"),
+    [
+        ("a &lt;b&gt; &amp; c", "a <b> & c"),
+        ("&amp;lt;", "&lt;"),
+        ("&amp;amp;amp;", "&amp;amp;"),
+        ("&quot; &#39; &nbsp; &LT; &lt", "&quot; &#39; &nbsp; &LT; &lt"),
+        ("R&D <3", "R&D <3"),
+    ],
+)
+def test_the_three_entities_of_titles_are_decoded_once(import_file, database, escaped, title):
+    import_file(
+        {"id": "a1", "title": escaped},
+        thing("t3", id="a2", title=escaped),
+        listing(thing("t3", id="a3", title=escaped)),
+    )
+    assert rows(database, "id, title") == [("a1", title), ("a2", title), ("a3", title)]
+
+
+def test_only_titles_are_decoded(import_file, database):
+    import_file({"id": "a1", "author": "a&amp;b", "subreddit": "a&lt;b", "permalink": "/&gt;"})
+    assert rows(database, "author_name, subreddit, permalink") == [("a&amp;b", "a&lt;b", "/&gt;")]
+
+
+@pytest.mark.parametrize(
+    ("created_utc", "stored"),
+    [
+        ("1700000000", 1700000000),
+        ("1700000000.0", 1700000000),
+        (1700000000, 1700000000),
+        (1700000000.0, 1700000000),
+        (1700000000.75, 1700000000),
+        ("yesterday", None),
+        ("", None),
+        (True, None),
+        ([], None),
+        (10**30, None),
+    ],
+)
+def test_times_come_as_strings_floats_and_integers(import_file, database, created_utc, stored):
+    import_file({"id": "a1", "created_utc": created_utc, "created": 1600000000})
+    assert rows(database, "id, created_utc, typeof(created_utc)") == [
+        ("a1", stored, "null" if stored is None else "integer")
+    ]
+
+
+# --- recorded posts
+
+ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
+
+
+def expected_row(post):
+    """Make the row of a recorded post without any of the product's functions."""
+    author = post.get("author")
+    return (
+        post["name"].split("_")[1],
+        int(float(post["created_utc"])),
+        post.get("subreddit"),
+        re.sub("&(?:lt|gt|amp);", lambda found: ENTITIES[found[0]], post["title"]),
+        post.get("author_fullname"),
+        None if author == "[deleted]" else author,
+        post["permalink"].split("?")[0],
+    )
+
+
+def feed(redpipe, source, *arguments):
+    """Pipe an open file through the built file."""
+    process = redpipe.start("--from=-", *arguments)
+    shutil.copyfileobj(source, process.stdin.buffer)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_every_recorded_post_is_stored_column_for_column(redpipe, samples, database):
+    with lzma.open(samples / "posts.ndjson.xz") as source:
+        assert feed(redpipe, source, database) == (0, "", "")
+    with lzma.open(samples / "posts.ndjson.xz", "rt", encoding="utf-8") as source:
+        expected = sorted(expected_row(json.loads(line)) for line in source)
+    assert len(expected) == 38_503
+    assert rows(database, COLUMNS) == expected
+
+    first = rows(database, "*")
+    with lzma.open(samples / "posts.ndjson.xz") as source:
+        assert feed(redpipe, source, database) == (0, "", "")
+    assert rows(database, "*") == first
+
+
+def test_recorded_listings_are_imported_whole(redpipe, samples, file, database):
+    listings = [json.loads(path.read_bytes()) for path in sorted(samples.glob("listings/*.json"))]
+    write_lines(file, *listings)
+    assert redpipe("--from", file, database) == (0, "", "")
+    children = [child for value in listings for child in value["data"]["children"]]
+    assert ids(database) == sorted({c["data"]["id"] for c in children if c["kind"] == "t3"})
+    assert count(database) == 3921

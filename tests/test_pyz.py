@@ -1,0 +1,654 @@
+"""What redpipe.pyz must hold, and where it must run.
+
+Every CPython that is found takes part: pyenv's, those on PATH, and those named in
+REDPIPE_PYTHONS (paths, separated by colons).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import marshal
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import types
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path, PurePosixPath
+
+import pytest
+import trustme
+
+from artefact import (
+    ROOT,
+    ListingServer,
+    bare_environment,
+    build,
+    copy_checkout,
+    find_pythons,
+    run_bare,
+    serve_listing,
+    wait_for,
+)
+
+PACKAGES = ["certifi", "charset_normalizer", "docopt_ng", "idna", "requests", "urllib3"]
+NEW_ENOUGH = [python for python in find_pythons() if python.version >= (3, 10, 0)]
+TOO_OLD = [python for python in find_pythons() if python.version < (3, 10, 0)]
+SORTING = [python for python in NEW_ENOUGH if python.version >= (3, 12, 0)]
+
+BareOf = Callable[[str], Path]
+every_python = pytest.mark.parametrize("python", NEW_ENOUGH, ids=str)
+
+# Modules that need something outside of the bundle, by design.
+OPTIONAL = {
+    "urllib3.contrib.pyopenssl",  # needs OpenSSL
+    "urllib3.contrib.socks",  # needs socks
+    "urllib3.http2.connection",  # needs h2
+}
+
+IMPORT_ALL = """
+import importlib, importlib.util, json, sys
+sys.path.insert(0, sys.argv[1])
+failed = {}
+for name in sys.argv[2:]:
+    try:
+        if name.endswith("__main__"):  # importing it would run it
+            importlib.util.find_spec(name).loader.get_code(name)
+        else:
+            importlib.import_module(name)
+    except ImportError as exc:
+        failed[name] = str(exc)
+print(json.dumps(failed))
+"""
+
+COUNT_COMPILED = """
+import runpy, sys
+archive = sys.argv[1]
+compiled = []
+def note(event, args):
+    if event == "compile" and str(args[1]).startswith(archive):
+        compiled.append(args[1])
+sys.addaudithook(note)
+sys.argv[1:] = ["--version"]
+try:
+    runpy.run_path(archive, run_name="__main__")
+except SystemExit:
+    pass
+sys.path.insert(0, archive)
+import docopt, pipeline, requests
+print(len(compiled))
+"""
+
+LIMIT_FILES = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+READ_METADATA = """
+import json, sys
+from importlib.metadata import version
+sys.path.insert(0, sys.argv[1])
+print(json.dumps({name: version(name) for name in sys.argv[2:]}))
+"""
+
+
+@pytest.fixture(scope="session")
+def archive(pyz: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(pyz) as opened:
+        yield opened
+
+
+@pytest.fixture
+def server() -> Iterator[ListingServer]:
+    with serve_listing() as running:
+        yield running
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """Make a temporary directory for redpipe, to see what it leaves there."""
+    directory = tmp_path / "tmp"
+    directory.mkdir()
+    return directory
+
+
+def locked_versions() -> dict[str, str]:
+    """Read requirements.txt: package name, as its dist-info spells it, to version."""
+    pins = re.findall(
+        r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
+    )
+    return {name.replace("-", "_"): version for name, version in pins}
+
+
+def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    return [entry for entry in archive.infolist() if not entry.is_dir()]
+
+
+def dist_info(name: str) -> str:
+    return f"{name}-{locked_versions()[name]}.dist-info"
+
+
+def module_names(archive: zipfile.ZipFile) -> list[str]:
+    """Name every module in the archive but our own __main__."""
+    paths = [PurePosixPath(name) for name in archive.namelist() if name.endswith(".py")]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
+    return sorted(n.removesuffix(".__init__") for n in names if n != "__main__")
+
+
+def stored_titles(database: Path) -> list[str]:
+    with closing(sqlite3.connect(database)) as connection:
+        return [t for (t,) in connection.execute("SELECT title FROM posts ORDER BY created_utc")]
+
+
+def follow_once(
+    python: Path, pyz: str | Path, url: str, directory: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `--once` in `directory`, into posts.db."""
+    command = [python, "-W", "error", pyz, "--once", "posts.db", "python"]
+    return run_bare(*command, cwd=directory, REDPIPE_URL=url, **environment)
+
+
+@contextmanager
+def following(
+    python: Path, pyz: Path, directory: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Follow in `directory`, posts to posts.db, messages to `messages`, until the block ends."""
+    command = [python, pyz, "--interval=1", "posts.db", "python"]
+    with (directory / "messages").open("wb") as messages:
+        process = subprocess.Popen(
+            command, cwd=directory, env=bare_environment(**environment), stderr=messages
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(10)
+
+
+# The archive itself
+
+
+def test_the_archive_is_sound_and_everybody_may_run_it(pyz, archive):
+    assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
+    assert stat.S_IMODE(pyz.stat().st_mode) == 0o755
+    assert archive.testzip() is None
+
+
+def test_zipapp_names_the_same_interpreter(pyz):
+    shown = run_bare(sys.executable, "-I", "-m", "zipapp", pyz, "--info")
+    assert shown.stdout == "Interpreter: /usr/bin/env python3\n"
+
+
+def test_it_holds_our_two_modules_and_the_pinned_packages(archive):
+    top = {PurePosixPath(name).parts[0] for name in archive.namelist()}
+    modules = {"__main__.py", "__main__.pyc", "pipeline.py", "pipeline.pyc"}
+    packages = {"certifi", "charset_normalizer", "docopt", "idna", "requests", "urllib3"}
+    assert top == modules | packages | {dist_info(name) for name in PACKAGES}
+
+
+def test_it_holds_nothing_but_modules_data_and_licences(archive):
+    def is_known(path: PurePosixPath) -> bool:
+        if path.parts[0].endswith(".dist-info"):
+            return path.name == "METADATA" or "licenses" in path.parts
+        return path.suffix in {".py", ".pyc"} or path.name == "py.typed"
+
+    paths = [PurePosixPath(entry.filename) for entry in files(archive)]
+    assert [str(path) for path in paths if not is_known(path)] == ["certifi/cacert.pem"]
+    assert not {"__pycache__", "tests", "bin"} & {part for path in paths for part in path.parts}
+
+
+def test_names_are_unique(archive):
+    assert [name for name, count in Counter(archive.namelist()).items() if count > 1] == []
+
+
+def test_entries_tell_nothing_of_when_and_by_whom_they_were_made(archive):
+    assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert {oct(entry.external_attr >> 16) for entry in files(archive)} == {"0o100644"}
+    directories = [entry for entry in archive.infolist() if entry.is_dir()]
+    assert {oct(entry.external_attr >> 16) for entry in directories} == {"0o40755"}
+
+
+def test_every_file_is_deflated(archive):
+    assert {entry.compress_type for entry in files(archive)} == {zipfile.ZIP_DEFLATED}
+
+
+def test_every_source_has_bytecode_that_is_never_checked(archive):
+    sources = [name for name in archive.namelist() if name.endswith(".py")]
+    assert sorted(f"{name}c" for name in sources) == sorted(
+        name for name in archive.namelist() if name.endswith(".pyc")
+    )
+    for name in sources:
+        source_hash = importlib.util.source_hash(archive.read(name))
+        header = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + source_hash
+        assert archive.read(f"{name}c")[:16] == header, name
+
+
+def test_tracebacks_name_the_archive(archive):
+    for name in archive.namelist():
+        if name.endswith(".pyc"):
+            code = marshal.loads(archive.read(name)[16:])
+            assert isinstance(code, types.CodeType)
+            assert code.co_filename == f"redpipe.pyz/{name[:-1]}"
+
+
+def test_no_path_of_the_building_machine_is_inside(pyz, archive):
+    traces = [b".redpipe-build", os.fsencode(pyz.parent), os.fsencode(ROOT) + b"/"]
+    for name in archive.namelist():
+        assert not [trace for trace in traces if trace in archive.read(name)], name
+
+
+def test_every_package_keeps_its_licence(archive):
+    licences = {
+        name: sorted(
+            PurePosixPath(path).name
+            for path in archive.namelist()
+            if path.startswith(dist_info(name)) and "/licenses/" in path and path[-1] != "/"
+        )
+        for name in PACKAGES
+    }
+    assert licences == {
+        "certifi": ["LICENSE"],
+        "charset_normalizer": ["LICENSE"],
+        "docopt_ng": ["LICENSE-MIT"],
+        "idna": ["LICENSE.md"],
+        "requests": ["LICENSE", "NOTICE"],
+        "urllib3": ["LICENSE.txt"],
+    }
+
+
+def test_versions_can_be_asked_for_and_are_the_pinned_ones(pyz, bare_python):
+    asked = run_bare(bare_python, "-I", "-c", READ_METADATA, pyz, *PACKAGES)
+    assert json.loads(asked.stdout) == locked_versions()
+
+
+def test_it_stays_small(pyz, archive):
+    assert pyz.stat().st_size <= 1_100_000
+    assert len(files(archive)) <= 190
+
+
+# Running it
+
+
+@every_python
+def test_help_and_version_run_without_a_warning(pyz, bare_of, python):
+    for option in ["--help", "--version"]:
+        done = run_bare(bare_of(python.path), "-W", "error", "-X", "dev", pyz, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
+@every_python
+def test_help_needs_no_docstrings(pyz, bare_of, python):
+    done = run_bare(bare_of(python.path), "-OO", pyz, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage:" in done.stdout
+
+
+@every_python
+def test_a_bad_argument_is_a_usage_error(pyz, bare_of, python):
+    done = run_bare(bare_of(python.path), pyz, "--no-such-option", "posts.db")
+    assert done.returncode == 64
+    assert done.stderr.startswith("redpipe: ")
+    assert "Traceback" not in done.stderr
+
+
+@every_python
+def test_every_bundled_module_can_be_imported(pyz, archive, bare_of, python):
+    done = run_bare(bare_of(python.path), "-c", IMPORT_ALL, pyz, *module_names(archive))
+    assert done.stderr == ""
+    assert set(json.loads(done.stdout)) == OPTIONAL
+
+
+@every_python
+def test_it_follows_a_listing(pyz, bare_of, python, server, tmp_path):
+    done = follow_once(bare_of(python.path), pyz, server.url, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stored_titles(tmp_path / "posts.db") == ["First", "Second"]
+
+
+@pytest.mark.skipif(not TOO_OLD, reason="no Python older than 3.10 was found")
+@pytest.mark.parametrize("python", TOO_OLD, ids=str)
+def test_an_older_python_gets_one_line(pyz, python):
+    done = run_bare(python.path, pyz, "--version")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "needs Python 3.10" in done.stderr
+    assert f"{python.version[0]}.{python.version[1]}" in done.stderr
+
+
+def test_help_imports_nothing_of_the_network(pyz, bare_python):
+    done = run_bare(bare_python, "-X", "importtime", pyz, "--help")
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines()}
+    assert "docopt" in imported
+    assert imported.isdisjoint({"requests", "urllib3", "ssl", "http.client", "certifi"})
+
+
+def test_the_bytecode_inside_is_used(pyz, bare_python):
+    done = run_bare(bare_python, "-c", COUNT_COMPILED, pyz)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0", "")
+
+
+def test_without_bytecode_every_module_would_be_compiled(archive, bare_python, tmp_path):
+    bare_archive = tmp_path / "sources.pyz"
+    with zipfile.ZipFile(bare_archive, "w") as sources:
+        for name in archive.namelist():
+            if not name.endswith(".pyc"):
+                sources.writestr(name, archive.read(name))
+    done = run_bare(bare_python, "-c", COUNT_COMPILED, bare_archive)
+    assert int(done.stdout.splitlines()[-1]) > 60
+
+
+# From anywhere
+
+
+def test_it_runs_by_its_own_name(pyz, bare_python):
+    done = run_bare(pyz, "--version", PATH=f"{bare_python.parent}:/usr/bin:/bin")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_runs_from_the_root_by_a_relative_path(pyz, bare_python):
+    assert run_bare(bare_python, pyz.relative_to("/"), "--version", cwd="/").returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["-I", "-S", "-E", "-B"])
+def test_it_runs_under_the_flags_of_the_careful(pyz, bare_python, flag):
+    done = run_bare(bare_python, flag, pyz, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["with a space/red pipe.pyz", "redpipe", "ünïcode/😀.pyz"])
+def test_it_runs_read_only_and_under_any_name(pyz, bare_python, server, tmp_path, name):
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copy(pyz, copy)
+    copy.chmod(0o444)
+    if copy.parent != tmp_path:
+        copy.parent.chmod(0o555)
+    done = follow_once(bare_python, copy, server.url, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_runs_through_a_symlink(pyz, bare_python, server, tmp_path):
+    (tmp_path / "link").symlink_to(pyz)
+    done = follow_once(bare_python, "link", server.url, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_modules_in_the_working_directory_are_left_alone(pyz, bare_python, server, tmp_path):
+    for name in ["json", "pipeline", "requests", "docopt", "sqlite3", "certifi"]:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the directory')\n")
+    done = follow_once(bare_python, pyz, server.url, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_packages_of_the_host_are_left_alone(pyz, bare_of, server, tmp_path):
+    python = Path(
+        shutil.copytree(bare_of(sys.executable).parents[1], tmp_path / "host", symlinks=True)
+    )
+    (packages,) = python.glob("lib/python3*/site-packages")
+    for name in ["simplejson", "brotli", "zstandard", "socks", "OpenSSL", "requests", "docopt"]:
+        (packages / f"{name}.py").write_text("raise SystemExit('taken from the host')\n")
+    # A release that requests does not know, and would warn about.
+    (packages / "chardet.py").write_text("__version__ = '9.0.0'\n")
+    done = follow_once(python / "bin" / "python3", pyz, server.url, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# While and after it runs
+
+
+def test_https_is_verified_with_the_given_authorities(
+    pyz, bare_python, tls_server, tmp_path, temporary
+):
+    url, authorities = tls_server
+    environment = {"REQUESTS_CA_BUNDLE": authorities, "TMPDIR": str(temporary)}
+    done = follow_once(bare_python, pyz, url, tmp_path, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert stored_titles(tmp_path / "posts.db") == ["First", "Second"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_https_is_refused_without_them(pyz, bare_python, tls_server, tmp_path):
+    url, _ = tls_server
+    with following(bare_python, pyz, tmp_path, REDPIPE_URL=url):
+        wait_for((tmp_path / "messages").read_text)
+    assert "certificate" in (tmp_path / "messages").read_text().lower()
+    assert stored_titles(tmp_path / "posts.db") == []
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Serve the listing by HTTPS; gives its URL and the file of its authority."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    bundle = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(str(bundle))
+    with serve_listing(context) as running:
+        yield running.url, str(bundle)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_file_behind(pyz, bare_python, server, tmp_path, temporary, number):
+    environment = {"REDPIPE_URL": server.url, "TMPDIR": str(temporary)}
+    with following(bare_python, pyz, tmp_path, **environment) as process:
+        assert server.served.acquire(timeout=20)
+        assert len(list(temporary.iterdir())) == 1  # certifi's file, as long as it runs
+        process.send_signal(number)
+        assert process.wait(5) == -number
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 100_000], ids=["unusable", "full"])
+def test_a_temporary_directory_that_takes_no_file_is_named(pyz, bare_python, temporary, size):
+    command = [bare_python, "-c", LIMIT_FILES, str(size), pyz, "--once", "posts.db"]
+    done = run_bare(*command, cwd=temporary.parent, TMPDIR=str(temporary))
+    assert done.returncode == 74
+    assert done.stderr.count("\n") == 1
+    assert "temporary directory" in done.stderr
+    assert str(temporary) in done.stderr
+    assert list(temporary.iterdir()) == []
+    assert not (temporary.parent / "posts.db").exists()
+
+
+def test_replacing_the_file_does_not_disturb_a_run(pyz, bare_python, server, tmp_path):
+    copy = Path(shutil.copy(pyz, tmp_path / "redpipe.pyz"))
+    with following(bare_python, copy, tmp_path, REDPIPE_URL=server.url) as process:
+        assert server.served.acquire(timeout=20)
+        (tmp_path / "new.pyz").write_bytes(b"#!/usr/bin/env python3\nnothing that can be imported")
+        (tmp_path / "new.pyz").replace(copy)
+        assert server.served.acquire(timeout=20)
+        assert server.served.acquire(timeout=20)
+        process.terminate()
+        assert process.wait(5) == -signal.SIGTERM
+    assert (tmp_path / "messages").read_text() == ""
+
+
+# Building it
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Fetch the pinned wheels, and give the environment of a build without a network."""
+    if importlib.util.find_spec("pip") is None:
+        return {}  # build.sh finds one, and downloads each time
+    directory = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    lock = ["--only-binary=:all:", "--requirement", ROOT / "requirements.txt"]
+    subprocess.run([*command, "--dest", directory, *lock], check=True, timeout=120)
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(directory)}
+
+
+@pytest.fixture(scope="module")
+def repeatable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Build with a CPython that sorts the entries; gives also what build.sh printed."""
+    if not SORTING:
+        pytest.skip("equal bytes need CPython 3.12 or newer; name one in REDPIPE_PYTHONS")
+    output = tmp_path_factory.mktemp("repeatable") / "plain.pyz"
+    done = build(output, python=SORTING[-1].path, umask=0o022, TZ="UTC0")
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_entries_are_sorted(repeatable):
+    with zipfile.ZipFile(repeatable[0]) as archive:
+        assert archive.namelist() == sorted(archive.namelist(), key=PurePosixPath)
+
+
+def test_the_build_prints_hash_name_and_size(repeatable):
+    output, printed = repeatable
+    assert printed.startswith(f"{hash_of(output)}  {output}\n{output.stat().st_size} bytes; ")
+
+
+def test_the_same_sources_give_the_same_bytes(repeatable, wheels, tmp_path):
+    littered = copy_checkout(tmp_path / "two words" / "deep")
+    littered.chmod(0o2755)  # new directories inherit the set-group-id bit
+    for name in ["secret.db", ".env", "certifi.py", "redpipe.pyz"]:
+        (littered / name).write_text("not for the archive")
+    (littered / "temporary").mkdir()
+    other = build(
+        littered / "redpipe.pyz",
+        root=littered,
+        python=SORTING[-1].path,
+        umask=0o077,
+        TZ="Asia/Tokyo",
+        LC_ALL="C",
+        HOME=str(tmp_path),
+        TMPDIR=str(littered / "temporary"),
+        PYTHONOPTIMIZE="2",
+        PYTHONHASHSEED="42",
+        PIP_USER="1",
+        PIP_REQUIRE_VIRTUALENV="1",
+        SOURCE_DATE_EPOCH="1234567890",
+        **wheels,
+    )
+    assert other.returncode == 0, other.stderr
+    assert hash_of(littered / "redpipe.pyz") == hash_of(repeatable[0])
+    assert stat.S_IMODE((littered / "redpipe.pyz").stat().st_mode) == 0o755
+
+
+def assert_nothing_happened(checkout: Path, before: set[str]) -> None:
+    assert {path.name for path in checkout.iterdir()} == before
+    assert (checkout / "redpipe.pyz").read_text() == "the old one"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Copy the checkout, and put an older redpipe.pyz and a temporary directory into it."""
+    directory = copy_checkout(tmp_path / "checkout")
+    (directory / "redpipe.pyz").write_text("the old one")
+    (directory / "temporary").mkdir()
+    return directory
+
+
+def spoil_a_hash(checkout: Path) -> None:
+    lock = checkout / "requirements.txt"
+    lock.write_text(re.sub("sha256:....", "sha256:0000", lock.read_text(), count=1))
+
+
+def spoil_the_syntax(checkout: Path) -> None:
+    (checkout / "pipeline.py").write_text("def (\n")
+
+
+def forget_a_package(checkout: Path) -> None:
+    lock = checkout / "requirements.txt"
+    lock.write_text(re.sub(r"idna==.*\n.*\n", "", lock.read_text()))
+
+
+@pytest.mark.parametrize("spoil", [spoil_a_hash, spoil_the_syntax, forget_a_package])
+def test_a_failed_build_leaves_everything_as_it_was(checkout, wheels, spoil):
+    spoil(checkout)
+    before = {path.name for path in checkout.iterdir()}
+    temporary = checkout / "temporary"
+    done = build(checkout / "redpipe.pyz", root=checkout, TMPDIR=str(temporary), **wheels)
+    assert done.returncode != 0
+    assert done.stderr
+    assert_nothing_happened(checkout, before)
+    assert list(temporary.iterdir()) == []
+
+
+def test_an_interrupted_build_leaves_everything_as_it_was(checkout, wheels):
+    before = {path.name for path in checkout.iterdir()}
+    process = subprocess.Popen(
+        [checkout / "build.sh"],
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "TMPDIR": str(checkout / "temporary"),
+            **wheels,
+        },
+        start_new_session=True,
+    )
+    wait_for(lambda: list(checkout.glob(".redpipe-build.*/stage")))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    assert_nothing_happened(checkout, before)
+    assert list((checkout / "temporary").iterdir()) == []
+
+
+def test_pip_is_taken_from_venv_where_it_is_missing(bare_python, wheels, tmp_path):
+    output = tmp_path / "redpipe.pyz"
+    done = build(output, python=str(bare_python), **wheels)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_without_pip_and_venv_the_package_to_install_is_named(bare_of, checkout, tmp_path):
+    host = tmp_path / "host"
+    shutil.copytree(bare_of(sys.executable).parents[1], host, symlinks=True)
+    (packages,) = host.glob("lib/python3*/site-packages")
+    (packages / "no-venv.pth").write_text("import sys; sys.modules['venv'] = None\n")
+    before = {path.name for path in checkout.iterdir()}
+    done = build(checkout / "redpipe.pyz", root=checkout, python=str(host / "bin" / "python3"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "apt install python3-venv" in done.stderr
+    assert_nothing_happened(checkout, before)
+
+
+@pytest.mark.parametrize(
+    "python",
+    [*(python.path for python in TOO_OLD), "no-such-python"],
+    ids=[*map(str, TOO_OLD), "missing"],
+)
+def test_a_python_that_is_too_old_is_refused_in_one_line(checkout, python):
+    done = build(checkout / "redpipe.pyz", root=checkout, python=python)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"build.sh: {python} is not Python 3.10 or newer; name one: PYTHON=python3.13 ./build.sh\n"
+    )
+
+
+# What the file says of itself
+
+
+def fenced_blocks(markdown: str) -> list[str]:
+    return re.findall(r"^```.*?\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+
+
+def test_the_version_is_that_of_the_newest_change(pyz, bare_python):
+    shown = run_bare(bare_python, pyz, "--version").stdout.split()
+    changes = (ROOT / "README.md").read_text("utf-8").split("\n## Changes\n")[1]
+    newest = re.search(r"^### (\S+)", changes, re.MULTILINE)
+    assert newest
+    assert shown == ["redpipe", newest[1]]
+
+
+def test_the_readme_shows_the_help(pyz, bare_python):
+    shown = run_bare(bare_python, pyz, "--help").stdout
+    assert shown in fenced_blocks((ROOT / "README.md").read_text("utf-8"))
