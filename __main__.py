@@ -10,11 +10,12 @@ if sys.version_info < (3, 10):  # this file must parse on Python 3.6 to say so
 
 import os
 import signal
+import time
 
 TYPE_CHECKING = False  # typing's own costs milliseconds at every start
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any, BinaryIO, TextIO
 
     from pipeline import Access, Batch, Database, Fetch, Reddit
@@ -70,6 +71,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.number = 0
+        self.deaf_until = 0.0
         self.holds = 0
 
     def listen(self) -> None:
@@ -83,8 +85,11 @@ class Signals:
                 signal.signal(number, self.arrived)
 
     def arrived(self, number: int, frame: object) -> None:
-        if not self.number:
-            self.number = number
+        """Stop; once more only a second later, if the first was lost in a finalizer."""
+        now = time.monotonic()
+        if not self.number or now > self.deaf_until:
+            self.number = self.number or number
+            self.deaf_until = now + 1
             self.check()
 
     def check(self) -> None:
@@ -109,20 +114,17 @@ class Signals:
 class Console:
     """Standard error: messages and, on a terminal, a progress line below them.
 
-    What comes from outside may hold control characters or, sent back by a proxy, a
-    secret: neither is written. That nobody reads is no reason to stop.
+    Control characters, which messages may have from outside, are not written. That
+    nobody reads is no reason to stop.
     """
 
-    def __init__(self, stream: "TextIO | None", secrets: "Iterable[str]" = ()) -> None:
+    def __init__(self, stream: "TextIO | None") -> None:
         self.stream = stream
-        self.secrets = [secret for secret in secrets if secret]
         self.terminal = stream is not None and stream.isatty()
         self.line = ""
 
     def write(self, message: str) -> None:
         """Write a message above the progress line; what a logging handler calls."""
-        for secret in self.secrets:
-            message = message.replace(secret, "***")
         printable = "".join(c if c.isprintable() else "\ufffd" for c in message.rstrip("\n"))
         self._put(printable.ljust(len(self.line)) + "\n" + self.line)
 
@@ -141,12 +143,13 @@ class Console:
         """Do nothing: every write is flushed."""
 
     def _put(self, text: str) -> None:
-        import contextlib
-
-        with contextlib.suppress(OSError, ValueError):
+        try:
             if self.stream is not None:
                 self.stream.write("\r" * self.terminal + text)
                 self.stream.flush()
+        except (OSError, ValueError):
+            # What is left in its buffer would fail once more at exit, and make that 120.
+            self.stream = sys.stderr = None
 
     def _width(self) -> int:
         try:
@@ -221,6 +224,7 @@ def parse_interval(text: "str | None") -> float:
 def read_access(environ: "Mapping[str, str]") -> "Access":
     """Read where to ask, and with which credentials. Raises BadEnvironment."""
     import re
+    from urllib.parse import urlsplit
 
     from pipeline import Access, BadEnvironment, is_loopback
 
@@ -243,7 +247,12 @@ def read_access(environ: "Mapping[str, str]") -> "Access":
     if access.feed_token and not user:
         raise BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
     secret = access.client_id or access.feed_token
-    if secret and access.url.startswith("http:") and not is_loopback(access.url):
+    if (
+        secret
+        and access.url
+        and urlsplit(access.url).scheme != "https"
+        and not is_loopback(access.url)
+    ):
         raise BadEnvironment("REDPIPE_URL: credentials go to another machine by https only")
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if environ.get(name) and not os.path.exists(environ[name]):
@@ -364,8 +373,9 @@ def run(
     arguments: "dict[str, Any]", environ: "Mapping[str, str]", signals: Signals, console: Console
 ) -> None:
     """Run the pipeline: posts from Reddit or a file, rows, transactions."""
-    import time
+    import gc
 
+    gc.disable()  # of what imports make nothing is garbage, and looking costs 5 % of a start
     import pipeline
 
     check_options(arguments)
@@ -376,11 +386,11 @@ def run(
         source, state = from_file(arguments["--from"], names)
     else:
         access = read_access(environ)
-        console.secrets += filter(None, (access.client_secret, access.feed_token))
         source, state = from_reddit(
             access, names, interval, once=arguments["--once"], signals=signals
         )
 
+    gc.enable()
     stored, started = 0, time.monotonic()
     with pipeline.Database(arguments["<database>"], fields, shield=lambda: signals) as database:
         for batch in source(database):

@@ -40,7 +40,7 @@ if ! "${pip[@]}" --version >/dev/null 2>&1; then
 fi
 
 # Wheels of pure Python for the oldest Python we run on, with the hashes in requirements.txt or
-# not at all. The two variables cannot be combined with --target; the rest of the user's pip
+# not at all. The first two variables cannot be combined with --target; the rest of a user's pip
 # configuration (mirror, proxy, certificates) is wanted.
 mkdir "$work/stage"
 cd "$work/stage"

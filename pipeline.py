@@ -15,6 +15,7 @@ are arguments. Nothing here prints, reads the environment or knows of signals.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ import re
 import sqlite3
 import stat
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -33,7 +35,7 @@ from email.utils import parsedate_to_datetime
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 Post = dict[str, Any]
 """One post with Reddit's own keys; `id` is always there and usable."""
@@ -46,6 +48,7 @@ HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # Removed items leave a listing, 900-odd is common (BDFR issues 57 and 195): one
 # that ends below this many was short by itself, one above may have been cut.
 FULL = 750
+STEADY = 15.0  # seconds in which even all of Reddit lists no HORIZON - FULL posts
 RUNAWAY = 5 * HORIZON  # posts after which even an endless listing ends a walk
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -193,8 +196,8 @@ class Cursor(NamedTuple):
 class Gap(NamedTuple):
     """What a listing no longer held; both bounds inclusive, UTC seconds.
 
-    `cursor_utc` is the cursor the walk started from: when another process has
-    moved it meanwhile, the gap is that process's to name.
+    `after_utc` counts from `cursor_utc`: when another process has moved the cursor on
+    meanwhile, the gap begins as much later, or is none.
     """
 
     subreddit: str
@@ -388,7 +391,8 @@ def read_answer(answer: Answer, source: str, utc: float) -> tuple[int, Any]:
     except ValueError:
         return OTHER, None
     if source in (OAUTH, JSON) and is_listing(value):
-        return LISTING, listing_page(value["data"], utc)
+        page = listing_page(value["data"], utc)
+        return (LISTING if page.posts or not page.things else OTHER), page
     if source == GRANT and is_token(value):
         return TOKEN, value
     if not isinstance(value, dict):
@@ -408,9 +412,19 @@ def explained(rule: Rule, answer: Answer, value: Any) -> str:
     words = [said.get(key) for key in ("reason", "message", "error") if said.get(key)]
     return rule.sentence.format(
         status=answer.status,
-        reason=str(words[0])[:80] if words else "no reason given",
-        kind=answer.headers.get("content-type", "no type")[:80] if answer.body else "nothing",
+        reason=words[0] if words else "no reason given",
+        kind=answer.headers.get("content-type", "no type") if answer.body else "nothing",
     )
+
+
+def secrets_of(request: Request) -> Iterator[str]:
+    """Yield the secrets that a request holds, in all the forms it sends them in."""
+    parts = [*(request.auth or ()), request.params.get("feed", "")]
+    basic = base64.b64encode(":".join(request.auth or ()).encode()).decode()
+    bearer = request.headers.get("Authorization", "").rpartition(" ")[2]
+    for secret in (basic, bearer, *parts, *map(quote_plus, parts)):
+        if len(secret) > 1:
+            yield secret
 
 
 def listing_page(data: dict[str, Any], utc: float) -> Page:
@@ -497,8 +511,9 @@ class Budget(NamedTuple):
     """What may be asked; all times are one monotonic clock's seconds.
 
     `sent`: when the last requests went out. `total`, `remaining`, `resets_at`: the
-    window as x-ratelimit-* told it; `total` 0: never told. `doublings`: how often a
-    429 without advice has doubled the spacing, the last time at `doubled_at`.
+    window as x-ratelimit-* told it; `total` 0: never told. `refused`: the last answer
+    was a 429. `doublings`: how often a 429 that came without advice, or although its
+    advice was taken, has doubled the spacing, the last time at `doubled_at`.
     """
 
     per_minute: int
@@ -507,6 +522,7 @@ class Budget(NamedTuple):
     remaining: float = 0.0
     resets_at: float = 0.0
     not_before: float = 0.0
+    refused: bool = False
     doublings: int = 0
     doubled_at: float = 0.0
 
@@ -517,10 +533,19 @@ MOST_DOUBLINGS = 6
 LONGEST_ADVICE = 86400.0  # seconds; a Retry-After beyond it is a mistake
 
 
+UNLIMITED = (10**6, 1.0)
+
+
+def slowed(budget: Budget, now: float) -> int:
+    """Give the doublings of the spacing that are not forgiven yet."""
+    return max(0, budget.doublings - int((now - budget.doubled_at) // FORGIVE))
+
+
 def spacing(budget: Budget, now: float) -> tuple[int, float]:
-    """Give how many requests may go out within how many seconds, without headers."""
-    forgiven = int((now - budget.doubled_at) // FORGIVE)
-    factor = 2 ** max(0, budget.doublings - forgiven)
+    """Give how many requests may go out within how many seconds, whatever headers say."""
+    factor = 2 ** slowed(budget, now)
+    if budget.total and factor == 1:
+        return UNLIMITED
     burst = max(1, budget.per_minute // factor)
     return burst, burst * factor * 60.0 / budget.per_minute
 
@@ -548,35 +573,34 @@ def wait_for(budget: Budget, pages: int, now: float) -> float:
     until = budget.not_before
     if budget.total and budget.remaining < max(1, min(pages, int(budget.total))):
         until = max(until, budget.resets_at)
-    if not budget.total or budget.doublings:
-        burst, seconds = spacing(budget, now)
-        free = burst - min(pages, burst)
-        if len(budget.sent) > free:
-            until = max(until, budget.sent[-1 - free] + seconds)
+    burst, seconds = spacing(budget, now)
+    free = burst - min(pages, burst)
+    if len(budget.sent) > free:
+        until = max(until, budget.sent[-1 - free] + seconds)
     return max(0.0, until - now)
 
 
 def at_once(budget: Budget, now: float) -> int:
     """Give how many requests may follow without waiting."""
     budget = current(budget, now)
-    if now < budget.not_before:
-        return 0
-    pages = int(budget.remaining) if budget.total else budget.per_minute
-    if not budget.total or budget.doublings:
-        burst, seconds = spacing(budget, now)
-        pages = min(pages, burst - sum(1 for at in budget.sent if at > now - seconds))
-    return max(0, pages)
+    burst, seconds = spacing(budget, now)
+    pages = burst - sum(1 for at in budget.sent if at + seconds > now)
+    if budget.total:
+        pages = min(pages, int(budget.remaining))
+    return max(0, pages) if now >= budget.not_before else 0
 
 
 def carries(budget: Budget, now: float) -> float:
     """Give the requests a second that the rest of the window carries."""
     budget = current(budget, now)
     burst, seconds = spacing(budget, now)
-    assumed = burst / seconds
-    if not budget.total:
-        return assumed
-    told = max(budget.remaining, 0.0) / max(1.0, budget.resets_at - now)
-    return min(told, assumed) if budget.doublings else told
+    told = max(0.0, budget.remaining) / max(1.0, budget.resets_at - now)
+    return min(told, burst / seconds) if budget.total else burst / seconds
+
+
+def window_left(budget: Budget, now: float) -> float:
+    """Give the seconds until the budget is new."""
+    return current(budget, now).resets_at - now if budget.total else WINDOW
 
 
 def learned(budget: Budget, answer: Answer, now: float, utc: float) -> Budget:
@@ -584,25 +608,25 @@ def learned(budget: Budget, answer: Answer, now: float, utc: float) -> Budget:
     remaining, reset, used = (
         number(answer.headers.get(f"x-ratelimit-{key}")) for key in ("remaining", "reset", "used")
     )
+    advice = retry_after(answer.headers.get("retry-after"), utc)
     if remaining is not None and reset is not None:
+        if remaining >= 1:  # past the limit `used` goes on growing
+            budget = budget._replace(total=remaining + (used or 0.0))
+        else:
+            advice = max(advice or 0.0, reset + 1)
         # `reset` is whole seconds, cut or rounded: one more is sure to be past it.
         budget = budget._replace(remaining=remaining, resets_at=now + reset + 1)
-        if remaining >= 1 or not budget.total:  # past the limit `used` goes on growing
-            budget = budget._replace(total=max(1.0, remaining + (used or 0.0)))
-    advice = retry_after(answer.headers.get("retry-after"), utc)
-    if answer.status == 429 and remaining is not None and remaining < 1 and reset is not None:
-        advice = max(advice or 0.0, reset + 1)
     if advice is not None:
         budget = budget._replace(not_before=now + min(max(1.0, advice), LONGEST_ADVICE))
-    if answer.status == 429 and (advice is None or not budget.total):
+    refused = answer.status == 429
+    if refused and (advice is None or not budget.total or budget.refused):
         budget = doubled(budget, now)
-    return budget
+    return budget._replace(refused=refused)
 
 
 def doubled(budget: Budget, now: float) -> Budget:
     """Double the spacing, and wait at least that long."""
-    forgiven = int((now - budget.doubled_at) // FORGIVE)
-    doublings = min(MOST_DOUBLINGS, max(0, budget.doublings - forgiven) + 1)
+    doublings = min(MOST_DOUBLINGS, slowed(budget, now) + 1)
     budget = budget._replace(doublings=doublings, doubled_at=now)
     burst, seconds = spacing(budget, now)
     return budget._replace(not_before=max(budget.not_before, now + seconds / burst))
@@ -640,12 +664,30 @@ def covers(rate: float) -> float:
     return PAGE / rate if rate else math.inf
 
 
-def poll_interval(rate: float, interval: float, pages: int, budget_rate: float) -> float:
+def poll_interval(
+    rate: float, interval: float, pages: int, budget_rate: float, left: float
+) -> float:
     """Give the seconds from the start of one poll to the start of the next.
 
-    A page of new posts should have come; but `pages` a poll must be affordable.
+    A page of new posts should have come; but `pages` a poll must be affordable, or
+    the window be over, in `left` seconds.
     """
-    return max(min(max(covers(rate), 1.0), interval), pages / max(budget_rate, 1e-9))
+    spread = min(pages / max(budget_rate, 1e-9), left)
+    return max(min(max(covers(rate), 1.0), interval), spread)
+
+
+DEEPEST = 9  # pages of a walk when the budget is scarce
+
+
+def is_scarce(rate: float, budget_rate: float, until_reset: float) -> bool:
+    """Tell whether the rest of the window cannot pay for all that will be listed.
+
+    `until_reset`: seconds from the last walk to the next window; a listing that holds
+    what comes in that time can wait for it. Otherwise a walk stops before the last
+    page, whose posts leave while it is on its way there, and makes do with the pages
+    that the window has left: what it leaves out is a gap, but the smallest.
+    """
+    return rate > 0.9 * PAGE * budget_rate and rate * until_reset > HORIZON - PAGE
 
 
 FEW_SAMPLES = 1000
@@ -657,7 +699,8 @@ def look_back(lateness: Sequence[float], rate: float, budget_rate: float) -> flo
     """Give the seconds that a walk reads back behind the cursor.
 
     Twice the lateness that one post in a thousand exceeds, but no more than half
-    of what the listing holds, nor than the budget can pay at four polls a listing.
+    of what the listing holds, nor, beyond a least one, than the budget can pay at four
+    polls a listing.
     """
     wanted = FIRST_LOOK_BACK
     if len(lateness) >= FEW_SAMPLES:
@@ -667,14 +710,14 @@ def look_back(lateness: Sequence[float], rate: float, budget_rate: float) -> flo
         return wanted
     slowest_poll = HORIZON / 4 / rate
     affordable = (slowest_poll * (budget_rate - rate / PAGE) - 1) * PAGE / rate
-    return max(0.0, min(wanted, HORIZON / 2 / rate, affordable))
+    return min(wanted, HORIZON / 2 / rate, max(LEAST_LOOK_BACK, affordable))
 
 
 def lateness_seen(lateness: Sequence[float]) -> int:
     """Give the seconds within which listed posts have appeared so far."""
     if len(lateness) < FEW_SAMPLES:
         return int(FIRST_LOOK_BACK)
-    return math.ceil(max(lateness))
+    return math.ceil(max(2 * LEAST_LOOK_BACK, *lateness))
 
 
 def full_walk_due(polled_utc: float, now: float, rate: float, budget_rate: float) -> bool:
@@ -733,7 +776,7 @@ def http_fetch() -> Fetch:
                 request.method,
                 request.url,
                 params=request.params,
-                headers=request.headers,
+                headers={"Accept-Encoding": "gzip", **request.headers},
                 data=request.data,
                 auth=auth,  # type: ignore[arg-type]
                 proxies=past_proxies,
@@ -751,26 +794,48 @@ def http_fetch() -> Fetch:
     return fetch
 
 
+TOO_LARGE = f"an answer of more than {BODY_LIMIT >> 20} MiB"
+
+
 def read_body(raw: Any, clock: Clock = time) -> bytes:
     """Read a whole body within BODY_TIMEOUT and BODY_LIMIT, else raise Failed."""
     ends = clock.monotonic() + BODY_TIMEOUT
     body = bytearray()
-    while chunk := raw.read1(2**16, decode_content=True):
+    # Not decoded here: that reads on until something comes out, without limits.
+    while chunk := raw.read1(2**16, decode_content=False):
         body += chunk
         if len(body) > BODY_LIMIT:
-            raise Failed(f"an answer of more than {BODY_LIMIT >> 20} MiB")
+            raise Failed(TOO_LARGE)
         if clock.monotonic() > ends:
             raise Failed(f"an answer that took more than {BODY_TIMEOUT:.0f} s")
-    return bytes(body)
+    return unzipped(bytes(body)) if raw.headers.get("content-encoding") else bytes(body)
 
 
-def network_trouble(exc: BaseException | None) -> str:
+def unzipped(body: bytes) -> bytes:
+    """Decompress what gzip made, up to BODY_LIMIT, else raise Failed."""
+    gzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        plain = gzip.decompress(body, BODY_LIMIT)
+    except zlib.error as exc:
+        raise Failed("a wrongly compressed answer") from exc
+    if gzip.unconsumed_tail:
+        raise Failed(TOO_LARGE)
+    if not gzip.eof:
+        raise Failed("an answer cut short")
+    return plain
+
+
+def network_trouble(exc: BaseException) -> str:
     """Say what went wrong, by the first system error behind an exception."""
     name = type(exc).__name__
-    while exc is not None:
-        if isinstance(exc, OSError) and exc.strerror:
-            return str(exc.strerror)
-        exc = exc.__cause__ or exc.__context__
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return str(cause.strerror)
+        if type(cause) is OSError and cause.args:  # http.client's, of a proxy that refuses
+            return str(cause.args[0])
+        inside = (arg for arg in cause.args if isinstance(arg, BaseException))
+        cause = cause.__cause__ or cause.__context__ or next(inside, None)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
@@ -826,13 +891,18 @@ class Reddit:
         rule = rule_for(answer.status, body, source)
         if rule.consequence == GOOD:
             return value
-        raise self._consequence(rule.consequence, explained(rule, answer, value))
+        sentence = explained(rule, answer, value)
+        for secret in secrets_of(request):  # a proxy may send back what it got
+            sentence = sentence.replace(secret, "***")
+        raise self._consequence(rule.consequence, sentence[:200])
 
     def _consequence(self, consequence: str, sentence: str) -> RedpipeError:
         if consequence == TAKE_FEED:
             log.info("%s, which has no account ids", sentence)
             self.source = FEED
-            self.budget = Budget(60 if self.access.feed_token else 10, sent=self.budget.sent)
+            per_minute = 60 if self.access.feed_token else 10
+            sent, not_before = self.budget.sent, self.budget.not_before
+            self.budget = Budget(per_minute, sent, not_before=not_before)
             return AskAgain(sentence)
         if consequence in (RENEW, REFUSED):
             again = consequence == RENEW and not self._renewed
@@ -893,38 +963,47 @@ def has_passed(posts: Sequence[Post], target: float) -> bool:
     return edge is not None and edge < target
 
 
-def earlier_anchors(posts: Sequence[Post]) -> Iterator[str]:
-    """Yield anchors before the last post's, ever farther: 1, 2, 4, 8 … items up."""
+def earlier_anchors(posts: Sequence[Post]) -> Iterator[str | None]:
+    """Yield anchors before the last post's: 1, 2, 4, 8 … items up, and the very top."""
     steps = itertools.takewhile(lambda step: step < len(posts), (2**n for n in itertools.count()))
-    return (fullname(posts[-1 - step]) for step in steps)
+    return itertools.chain((fullname(posts[-1 - step]) for step in steps), [None])
 
 
 def walk_back(
-    first: Page, ask: Callable[[str], Page], target: float, most_pages: float = math.inf
+    first: Page,
+    ask: Callable[[str | None], Page],
+    target: float,
+    may_ask: Callable[[int], bool] = lambda pages: True,
 ) -> Walk:
     """Read older pages until one has passed the target, or the listing ends.
 
-    An empty page is a lost anchor (that post was removed meanwhile), so the items
-    before it are tried as anchors. A page with nothing fresh is the end.
+    `may_ask` is given the number of pages so far, and cuts the walk short. An empty
+    page is a lost anchor (that post was removed meanwhile), so the items before it are
+    tried as anchors. A page with nothing fresh is the end; but if it is empty, or
+    holds its own anchor, Reddit has not shown what is behind.
     """
     found: dict[str, Post] = {}
-    page, pages = first, 1
+    page, pages, anchor, newest, cut = first, 1, None, first, False
     while True:
         known = len(found)
         for post in page.posts:
             found.setdefault(post["id"], post)
         passed = has_passed(page.posts, target)
-        over = len(found) == known or len(found) > RUNAWAY
-        if passed or over or page.after is None or pages >= most_pages:
+        over = page.after is None or len(found) == known or len(found) > RUNAWAY
+        if passed or over or (cut := not may_ask(pages)):
             break
         for anchor in (page.after, *earlier_anchors(list(found.values()))):
             page = ask(anchor)
             pages += 1
             if page.things:
                 break
+        newest = newest if anchor else page  # without one it has begun anew
     posts = list(found.values())
-    complete = passed or (len(posts) < FULL and pages < most_pages)
-    return Walk(posts, complete, edge_of(posts), pages, first.utc)
+    shown = page.things > 0 and anchor not in [fullname(post) for post in page.posts]
+    # During a slow walk through several pages new posts may have pushed the last ones out.
+    steady = len(posts) <= PAGE or page.utc - newest.utc <= STEADY
+    ended = not cut and (shown or not posts) and steady and len(posts) < FULL
+    return Walk(posts, passed or ended, edge_of(posts), pages, newest.utc)
 
 
 def newest_listed(walk: Walk) -> int | None:
@@ -985,6 +1064,8 @@ class Follower:
         self.due: list[str] = []
         self.rate: float | None = None  # posts a second, by the last newest page of all
         self.pages = 1  # what the last walk to a cursor took
+        self.begun = 0.0  # when the last walk did
+        self.carried = 0.0  # requests a second that the budget carried then
         self.lateness: deque[float] = deque(maxlen=10_000)
         self.answered: set[str] = set()  # names that have had a good answer
         self.lost: list[str] = []  # what is wrong with names that never had one
@@ -1012,8 +1093,11 @@ class Follower:
 
     def rest(self, started: float, interval: float) -> None:
         """Sleep until the next poll is due."""
-        pause = poll_interval(self.rate or 0.0, interval, self.pages, self.reddit.carries())
-        self.clock.sleep(max(0.0, started + pause - self.clock.monotonic()))
+        now = self.clock.monotonic()
+        left = window_left(self.reddit.budget, now)
+        pages = self._pages_next()
+        pause = poll_interval(self.rate or 0.0, interval, pages, self.carried, left)
+        self.clock.sleep(max(0.0, started + pause - now))
 
     def finish(self) -> None:
         """Raise Gone if some of the names could not be read."""
@@ -1025,6 +1109,7 @@ class Follower:
         unreached = names
         with suppress(Gone):  # one of them: which, shows when each is walked alone
             walk = self._walk(names, [cursors[name] for name in names])
+            cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.lateness)
             unreached = [n for n in names if gap_before(walk, n, cursors[n], late, 0)]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in unreached})
@@ -1039,6 +1124,7 @@ class Follower:
             return
         if self.gone.pop(name, None):
             self._tell(f"r/{name} can be read again")
+        cursor = self.memory.cursors([name]).get(name)  # another process may have moved it
         late = lateness_seen(self.lateness)
         gaps = gap_before(walk, name, cursor, late, int(self.clock.time()))
         yield self._batch(walk, {name: cursor}, gaps)
@@ -1057,28 +1143,43 @@ class Follower:
 
     def _walk(self, names: list[str], cursors: list[Cursor]) -> Walk:
         """Walk back to the oldest of the cursors; without one, as deep as is free."""
-        self._await_budget(self.pages)
+        self._await_budget(self._pages_next())
+        scarce = self._is_scarce()
+        self.carried, self.begun = self.reddit.carries(), self.clock.monotonic()
         first = self._newest_page(names, expected=bool(cursors))
-        rate = listing_rate(first.posts)
+        target = self._target(cursors, listing_rate(first.posts), scarce=scarce)
+
+        def may_ask(pages: int) -> bool:
+            deep_enough = scarce and pages >= DEEPEST
+            return bool(cursors and not scarce) or (self.reddit.at_once() > 0 and not deep_enough)
+
+        walk = walk_back(first, lambda after: self._ask(names, after), target, may_ask)
         if len(names) == len(self.due):
-            self.rate = rate
-
-        def ask(after: str) -> Page:
-            return self._ask(names, after)
-
-        if not cursors:
-            return walk_back(first, ask, -math.inf, 1 + self.reddit.at_once())
-        carries = self.reddit.carries()
-        polled = min(cursor.polled_utc for cursor in cursors)
-        if (
-            full_walk_due(polled, self.clock.time(), rate, carries)
-            and self.reddit.at_once() >= HORIZON / PAGE
-        ):
-            return walk_back(first, ask, -math.inf)
-        oldest = min(cursor.newest_utc for cursor in cursors)
-        walk = walk_back(first, ask, oldest - look_back(self.lateness, rate, carries))
-        self.pages = walk.pages
+            self.rate = listing_rate(walk.posts)
+        if math.isfinite(target):
+            self.pages = walk.pages
         return walk
+
+    def _target(self, cursors: list[Cursor], rate: float, *, scarce: bool) -> float:
+        """Give the time that a walk is to pass; for the whole listing, minus infinity."""
+        if not cursors:
+            return -math.inf
+        rate, carried = max(rate, self.rate or 0.0), self.reddit.carries()
+        polled = min(cursor.polled_utc for cursor in cursors)
+        due = not scarce and full_walk_due(polled, self.clock.time(), rate, carried)
+        if due and self.reddit.at_once() >= HORIZON / PAGE:
+            return -math.inf
+        oldest = min(cursor.newest_utc for cursor in cursors)
+        return oldest - look_back(self.lateness, rate, carried)
+
+    def _is_scarce(self) -> bool:
+        now = self.clock.monotonic()
+        until_reset = now + window_left(self.reddit.budget, now) - self.begun
+        return is_scarce(self.rate or 0.0, self.carried, until_reset)
+
+    def _pages_next(self) -> int:
+        """Give the pages that the next walk should find paid for."""
+        return min(self.pages, max(1, self.reddit.at_once())) if self._is_scarce() else self.pages
 
     def _newest_page(self, names: list[str], *, expected: bool) -> Page:
         """Ask for the newest page; one that is unexpectedly empty, three times more."""
@@ -1458,7 +1559,7 @@ CREATE VIEW recent_posts AS
     FROM posts ORDER BY created_utc DESC;
 CREATE VIEW posts_per_hour AS
     SELECT strftime('%Y-%m-%dT%H:00:00Z', created_utc, 'unixepoch') AS hour, count(*) AS posts
-    FROM posts GROUP BY hour ORDER BY hour DESC;
+    FROM posts GROUP BY 1 ORDER BY 1 DESC;
 CREATE VIEW coverage AS
     SELECT subreddit, strftime('%Y-%m-%dT%H:%M:%SZ', since_utc, 'unixepoch') AS since,
         strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
@@ -1475,7 +1576,9 @@ ON CONFLICT (subreddit) DO UPDATE SET since_utc = min(since_utc, excluded.since_
 
 NAME_GAP = """
 INSERT INTO gaps (subreddit, after_utc, before_utc, noticed_utc)
-SELECT ?1, ?2, ?3, ?4 FROM cursors WHERE subreddit = ?1 AND newest_utc = ?5
+SELECT ?1, ?2 + newest_utc - ?5 AS after, ?3, ?4 FROM cursors
+WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
+    SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)
 """
 
 
@@ -1538,7 +1641,8 @@ class Database:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._connection.close()
+        with self.shield():
+            self._connection.close()
 
     def _connect(self) -> sqlite3.Connection:
         try:

@@ -14,14 +14,14 @@ clock, whose phase is random.
 
 What counts. A post is on time if it was listed within 30 s of its creation. `captured` is taken
 over the on-time posts that were created after the start (after coverage began, if the first walk
-was killed), listed two minutes before the end, and not removed before the end: a post that
+was killed), listed two minutes or more before the end, and not removed until then: a post that
 vanished between two polls is no fault of the follower, and posts vanish without regard to it, so
 leaving them all out favours nobody. `of all` counts the vanished ones too. A loss is such an
 on-time post that is not stored.
 
-A gap is false if the walk that named it did get back behind its `after_utc` (ten posts did, as one
-old post proves nothing), or to the end of a listing that hides nothing; true if a post that was listed is missing from inside it; idle if
-neither: the walk could not know.
+A gap is false if the walk that named it did get back behind its `after_utc` (with ten posts, as
+one old post proves nothing), or to the end of a listing that hides nothing; true if a post that
+was listed is missing from inside it; idle if neither: the walk could not know.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline
 
 ON_TIME = 30.0  # seconds; a post listed later than this counts as late
-TAIL = 120.0  # seconds at the end that the follower lives, but whose posts do not count
 LATENCY = 0.35  # seconds a request takes
 PATIENCE = 10.0  # seconds until a request that hangs is given up
 PAGE, HORIZON = 100, 1000
@@ -133,7 +132,7 @@ class Scenario(NamedTuple):
 
     title: str
     rates: dict[str, float]
-    minutes: float
+    minutes: float  # whose posts count
     jitter: Jitter = exponential(1)
     follow: tuple[str, ...] = ("all",)
     budget: int = 600
@@ -143,6 +142,7 @@ class Scenario(NamedTuple):
     other: float = 0.0  # share of the budget that another client takes
     late: float = 0.0173
     on_top: bool = False  # a late post stands where it appears, above newer ones
+    tail: float = 120.0  # seconds that the follower lives on, until all that counts is its to get
     vanish: float = 0.10
     vanish_after: float = 600.0
     lost_anchors: float = 0.0  # chance that the `after` post vanishes just before it is used
@@ -151,6 +151,7 @@ class Scenario(NamedTuple):
     burst: tuple[float, float] = (1.0, 0.0)  # factor and seconds
     stall: float = 0.0  # seconds for which, once, nothing new is listed
     outages: tuple[Outage, ...] = ()
+    cuts: float = 0.0  # chance that the network fails for 2 min in the middle of a walk
     kills: int = 0
     life: tuple[int, int] = (1, 30)  # requests until a kill
     down: tuple[float, float] = (60.0, 1200.0)  # seconds
@@ -304,6 +305,17 @@ SCENARIOS = {
         outages=(Outage(600, hanging=True),),
         bars=(Bar("captured", ">=", 99.995),),
     ),
+    "cut": Scenario(
+        "5/s, 6 kills, the network cut for 2 min in some walks",
+        {"busy": 5.0},
+        60,
+        follow=("busy",),
+        kills=6,
+        life=(10, 60),
+        down=(60.0, 180.0),
+        cuts=0.02,
+        bars=(Bar("inside", ">=", 99),),
+    ),
     # The other client can use up a window at any moment; that costs a 429 now and then.
     "other": Scenario(
         "5/s, another client takes half of 100/600 s",
@@ -312,6 +324,7 @@ SCENARIOS = {
         follow=("busy",),
         budget=100,
         other=0.5,
+        tail=720,
         bars=(Bar("captured", ">=", 90), Bar("inside", ">=", 99), Bar("429/h", "<=", 6)),
     ),
     "other-600": Scenario(
@@ -319,6 +332,7 @@ SCENARIOS = {
         EVERYTHING,
         20,
         other=0.5,
+        tail=720,
         bars=(Bar("captured", ">=", 99), Bar("429/h", "<=", 6)),
     ),
     "joint": Scenario(
@@ -374,6 +388,7 @@ SCENARIOS = {
         120,
         follow=("busy",),
         cron=300,
+        tail=420,
         bars=(Bar("captured", ">=", 99.995), Bar("idle", "<=", 0)),
     ),
     "cron-17": Scenario(
@@ -381,6 +396,7 @@ SCENARIOS = {
         EVERYTHING,
         20,
         cron=60,
+        tail=180,
         bars=(Bar("inside", ">=", 99),),
     ),
 }
@@ -434,7 +450,7 @@ def arrivals(rng: random.Random, scenario: Scenario, rate: float, start: float) 
     factor, length = scenario.burst
     burst = start + rng.uniform(0.2, 0.8) * scenario.minutes * 60
     moment = start - scenario.history / rate
-    while moment < start + scenario.minutes * 60 + TAIL + scenario.cron:
+    while moment < start + scenario.minutes * 60 + scenario.tail:
         yield moment
         in_burst = burst <= moment < burst + length
         moment += rng.expovariate(rate * factor if in_burst else rate)
@@ -632,6 +648,7 @@ class Model:
         """Answer a request, or fail as a network does."""
         self._die("before")
         self.requests += 1
+        self._cut(request)
         for begin, end, hanging in self.outages:
             if begin <= self.clock.now < end:
                 self.clock.sleep(PATIENCE if hanging else 0.01)
@@ -642,6 +659,16 @@ class Model:
         self.clock.sleep(LATENCY / 2)
         self._die("after")
         return answer
+
+    def _cut(self, request: pipeline.Request) -> None:
+        """Cut the network in the middle of a walk, if chance will have it."""
+        in_walk, ends = bool(request.params.get("after")), self.clock.now + 120
+        if (
+            in_walk
+            and ends < self.clock.end - self.scenario.tail
+            and self.rng.random() < self.scenario.cuts
+        ):
+            self.outages.append((self.clock.now, ends, False))
 
     def _die(self, where: str) -> None:
         """Kill the follower here, if that is what was drawn."""
@@ -743,7 +770,7 @@ class Run:
         self.clock = self.model.clock
         self.scenario = scenario
         self.end = self.model.start + scenario.minutes * 60
-        self.clock.end = self.end + TAIL + scenario.cron
+        self.clock.end = self.end + scenario.tail
         self.path = directory / "posts.db"
         self.committed: dict[str, float] = {}
         self.gaps: list[tuple[pipeline.Gap, bool]] = []  # with: it is false

@@ -27,6 +27,7 @@ from fake_reddit import (
     GIANT,
     HANG,
     HTML,
+    JSON,
     REFUSE,
     RESET,
     TRUNCATE,
@@ -124,6 +125,9 @@ TEXT = "text/html; charset=UTF-8"
 RENEWED = Outcome(("token", "oauth"))
 PAGES = ("feed", "feed", "feed")
 """A feed does not say that it ends: two more requests show it."""
+
+
+T5 = page_of({"kind": "t5", "data": {"id": "2zzzz", "name": "t5_2zzzz"}})
 
 
 def elsewhere(location):
@@ -240,7 +244,7 @@ CASES = {
     "429 with remaining 0 and reset 0": (
         "oauth",
         too_many(x_ratelimit_used="600", **limits("0", "0")),
-        again("oauth", 1.0),
+        again("oauth", 2.0),
     ),
     "451": ("oauth", reply(451), retried("status 451, no listing: nothing", "oauth")),
     **{
@@ -285,8 +289,8 @@ CASES = {
     ),
     "a listing of t5": (
         "oauth",
-        page_of({"kind": "t5", "data": {"id": "2zzzz", "name": "t5_2zzzz"}}),
-        Outcome(posts=()),
+        T5,
+        retried(f"status 200, no listing: {JSON['content-type']}", "oauth"),
     ),
     "children that are null": ("oauth", page_of(children=None), retried(NO_LISTING, "oauth")),
     "no children": (
@@ -304,7 +308,11 @@ CASES = {
         page_of(None, json.loads(thing(POSTS[0]))),
         Outcome(posts=(IDS[0],)),
     ),
-    "a child without data": ("oauth", page_of({"kind": "t3", "data": None}), Outcome(posts=())),
+    "a child without data": (
+        "oauth",
+        page_of({"kind": "t3", "data": None}),
+        retried(f"status 200, no listing: {JSON['content-type']}", "oauth"),
+    ),
     "half a listing": (
         "oauth",
         reply(200, page_of(*map(json.loads, map(thing, POSTS)))[2][:999]),
@@ -461,7 +469,7 @@ FAULTS = {
     "closed without a word": (REFUSE, "connection error"),
     "reset": (RESET, "Connection reset by peer"),
     "cut short": (TRUNCATE, "protocol error"),
-    "wrongly gzipped": (wrong_gzip(), "decode error"),
+    "wrongly gzipped": (wrong_gzip(), "a wrongly compressed answer"),
     "a body of 1 GB": (GIANT, "an answer of more than 16 MiB"),
     "a small body that unpacks to 64 MiB": (gzip_bomb(64), "an answer of more than 16 MiB"),
 }
@@ -770,6 +778,14 @@ def test_waiting_for_the_budget_takes_nothing_from_the_two_minutes(offline, cloc
         SERVER_ERROR if clock.now < NOW + 515 and "/new" in path else None
     )
     assert [len(batch.posts) for batch in follow_once(offline, clock)] == [3]
+
+
+@pytest.mark.parametrize("answer", [T5, page_of(), login_page(), page_of(None)])
+def test_a_page_without_posts_ends_no_walk(answer, offline, clock):
+    for n in range(3, 303):
+        offline.add(make_post(n, NOW - 1000 + n))
+    offline.script(None, answer)
+    assert [len(batch.posts) for batch in follow_once(offline, clock)] == [303]
 
 
 # The feed

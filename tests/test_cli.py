@@ -28,7 +28,7 @@ import pytest
 import pipeline
 from artefact import ROOT, wait_for
 from conftest import Done, Redpipe
-from fake_reddit import Budget, FakeReddit, json_reply, make_post, reply
+from fake_reddit import FakeReddit, json_reply, make_post, reply
 from virtual import VirtualClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -36,11 +36,8 @@ pytestmark = pytest.mark.timeout(60)
 Main = Callable[..., Done]
 
 
-@pytest.fixture
-def fake_reddit(fake_reddit: FakeReddit) -> FakeReddit:
-    """Allow a poll a second to those without credentials too."""
-    fake_reddit.budgets["json"] = Budget()
-    return fake_reddit
+# Without credentials polls are six seconds apart at first.
+APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +70,7 @@ def process_state_kept() -> Iterator[None]:
 
 
 @pytest.fixture
-def main(
-    program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Main]:
+def main(program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Main]:
     """Call `main(argv)` in this process, with an environment of its own."""
 
     def call(*argv: object, **environment: str) -> Done:
@@ -299,7 +294,7 @@ def test_blank_variables_are_unset_ones(redpipe, fake_reddit):
 
 
 def test_the_user_agent_names_platform_version_and_user(redpipe, fake_reddit, program):
-    fake_reddit.create("python")
+    add_posts(fake_reddit, range(1))
     redpipe("--once", "posts.db", "python")
     redpipe("--once", "posts.db", "python", REDDIT_USERNAME="some_body")
     base = f"{sys.platform}:redpipe:{program.VERSION}"
@@ -313,7 +308,7 @@ def test_the_user_agent_names_platform_version_and_user(redpipe, fake_reddit, pr
 
 def follow_until(redpipe: Redpipe, database: Path, count: int, *names: str) -> Done:
     """Follow until so many posts are stored, then stop."""
-    process = redpipe.start("--interval=1", database, *names)
+    process = redpipe.start("--interval=1", database, *names, **APP)
     wait_for(lambda: database.exists() and database.stat().st_size and counted(database) >= count)
     return redpipe.stop(process)
 
@@ -416,8 +411,8 @@ def test_a_blocked_address_ends_with_77(redpipe, fake_reddit):
 def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, fake_reddit):
     fake_reddit.create("python")
     fake_reddit.stop()
-    process = redpipe.start("--interval=1", "posts.db", "python")
-    time.sleep(4)  # three tries or more: after 0, 1, 3 s at the latest
+    process = redpipe.start("--interval=1", "posts.db", "python", **APP)
+    time.sleep(3)  # for three tries: at 0, 1 and 3 s at the latest
     assert process.poll() is None
     fake_reddit.start()
     wait_for(fake_reddit.requests)
@@ -432,9 +427,9 @@ def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, f
 
 def test_quiet_does_not_say_what_passes(redpipe, fake_reddit):
     fake_reddit.create("python")
-    fake_reddit.script(reply(503), reply(503))
-    process = redpipe.start("-q", "--interval=1", "posts.db", "python")
-    wait_for(lambda: len(fake_reddit.requests()) >= 4)
+    fake_reddit.script(reply(503))
+    process = redpipe.start("-q", "--interval=1", "posts.db", "python", **APP)
+    wait_for(lambda: len(fake_reddit.requests()) >= 3)
     assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
 
 
@@ -565,7 +560,7 @@ def test_an_empty_file_becomes_a_database(redpipe, fake_reddit, database):
 
 def test_verbose_tells_of_every_poll(redpipe, fake_reddit):
     add_posts(fake_reddit, range(3))
-    process = redpipe.start("-v", "--interval=1", "posts.db", "python")
+    process = redpipe.start("-v", "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: len(fake_reddit.requests()) >= 3)
     done = redpipe.stop(process)
     told = [line for line in done.err.splitlines() if "/r/python/new" in line]
@@ -617,13 +612,13 @@ def terminal() -> Iterator[Terminal]:
 
 
 def start_on(
-    terminal: Terminal, redpipe: Redpipe, *arguments: object
+    terminal: Terminal, redpipe: Redpipe, *arguments: object, **environment: str
 ) -> subprocess.Popen[str]:
     """Start redpipe with a terminal for its standard error."""
     process = subprocess.Popen(
         [*redpipe.command, *map(str, arguments)],
         cwd=redpipe.directory,
-        env=redpipe.environment,
+        env={**redpipe.environment, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=terminal.slave,
@@ -633,11 +628,9 @@ def start_on(
     return process
 
 
-def test_a_terminal_shows_a_progress_line_that_ends_with_a_newline(
-    redpipe, fake_reddit, terminal
-):
+def test_a_terminal_shows_a_progress_line_that_ends_with_a_newline(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(150))
-    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"150 posts stored" in terminal.read())
     redpipe.stop(process)
     (line, after) = terminal.screen()
@@ -649,7 +642,7 @@ def test_a_terminal_shows_a_progress_line_that_ends_with_a_newline(
 
 def test_a_message_is_written_above_the_progress_line(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(3))
-    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"3 posts stored" in terminal.read())
     fake_reddit.script(reply(503))
     wait_for(lambda: b"answers again" in terminal.read())
@@ -666,15 +659,26 @@ def test_a_message_is_written_above_the_progress_line(redpipe, fake_reddit, term
 def test_a_narrow_terminal_gets_a_short_line(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(3))
     fcntl.ioctl(terminal.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
-    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python")
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"3 posts stored" in terminal.read())
     redpipe.stop(process)
     assert max(map(len, terminal.screen())) == 29
 
 
+def test_a_notice_is_for_terminals(redpipe, fake_reddit, terminal, database):
+    add_posts(fake_reddit, range(3))
+    fake_reddit.anonymous_json_blocked = True
+    process = start_on(terminal, redpipe, "--once", "posts.db", "python")
+    assert process.wait(20) == 0
+    notice = "redpipe: Reddit blocks anonymous JSON (403); taking the feed"
+    assert terminal.screen()[0].startswith(notice)
+    database.unlink()
+    assert redpipe("--once", "posts.db", "python") == (0, "", "")
+
+
 def test_quiet_shows_no_progress_on_a_terminal(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(3))
-    process = start_on(terminal, redpipe, "-q", "--interval=1", "posts.db", "python")
+    process = start_on(terminal, redpipe, "-q", "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: len(fake_reddit.requests()) >= 3)
     redpipe.stop(process)
     assert terminal.read() == b""

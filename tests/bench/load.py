@@ -1,0 +1,293 @@
+"""Measure how fast, and in how much memory, redpipe.pyz imports a file of posts.
+
+    .venv/bin/python tests/bench/load.py [POSTS [ROUNDS]]      default: 20000 5
+
+Every round runs each command once on the same file, so that a busy moment of the machine
+strikes them all; the table gives medians, also of the rounds' ratios. Memory is then
+measured at 10,000 and at 1,000,000 posts, which are piped in as they are made up.
+
+The posts are the recorded ones of REDPIPE_SAMPLES with ids and times of their own, over and
+over; without REDPIPE_SAMPLES, invented ones of about the same sizes. sqlite-utils is
+installed for the occasion; jq and sqlite3 take part where they are. Exits with 1 when a bar
+is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from artefact import bare_environment, build, make_bare
+from fake_reddit import DIGITS, make_post
+
+SQLITE_UTILS = "sqlite-utils==4.2.1"
+FEW, MANY = 10_000, 1_000_000
+MOST_TIMES_BARE = 1.3
+LEAST_TIMES_SQLITE_UTILS = 10.0
+MOST_GROWTH = 5_000_000  # bytes
+FIRST_UTC = 1_790_000_000
+
+REDPIPE = "`redpipe.pyz --from`"
+AGAIN = "the same file again"
+BARE = "bare loop"
+UTILS = "`sqlite-utils insert --nl --ignore --pk id --alter`"
+JQ = "`jq -r … @csv \\| sqlite3 .import`"
+
+JQ_PIPE = """
+jq -r '[.id, .created_utc, .subreddit, .title, .author_fullname, .author, .permalink] | @csv' "$1" |
+sqlite3 "$2" \\
+    'CREATE TABLE posts (id TEXT PRIMARY KEY, created_utc INTEGER, subreddit TEXT, title TEXT,
+        author TEXT, author_name TEXT, permalink TEXT)' \\
+    'CREATE INDEX posts_created_utc ON posts (created_utc)' '.mode csv' '.import /dev/stdin posts'
+"""
+
+# A process's peak counts that of the process it was forked from. So the clock is held by
+# an interpreter as small as can be, not by this one.
+STOPWATCH = """
+import posix, sys, time
+quiet = [(posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0)]
+start = time.perf_counter()
+process = posix.posix_spawn(sys.argv[1], sys.argv[1:], posix.environ, file_actions=quiet)
+_, status, usage = posix.wait4(process, 0)
+seconds = time.perf_counter() - start
+print(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, status)
+"""
+
+
+class Run(NamedTuple):
+    """What one command took: seconds on the wall, of the processor, and bytes at the peak."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
+# --- posts
+
+MARK_ID, MARK_TIME = "zzzidzzz", 7_777_777_777_777_777
+
+
+def base36(number: int) -> bytes:
+    digits = [DIGITS[number // 36**place % 36] for place in range(6, -1, -1)]
+    return "".join(digits).encode()
+
+
+def template(post: dict[str, Any]) -> list[bytes]:
+    """Write a post as JSON, split where its time belongs."""
+    marked = {**post, "id": MARK_ID, "name": f"t3_{MARK_ID}", "created_utc": MARK_TIME}
+    head, tail = json.dumps(marked).encode().split(str(MARK_TIME).encode())
+    return [head, tail + b"\n"]
+
+
+def recorded_posts(samples: str) -> Iterator[dict[str, Any]]:
+    with lzma.open(Path(samples) / "posts.ndjson.xz", "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def preview(dice: random.Random, images: int) -> dict[str, Any]:
+    """Invent what Reddit says of pictures: many small objects and long addresses."""
+    return {
+        "images": [
+            {"id": dice.randbytes(16).hex(), "resolutions": [size(dice) for _ in range(images)]}
+        ],
+        "enabled": False,
+    }
+
+
+def size(dice: random.Random) -> dict[str, Any]:
+    url = f"https://preview.example.org/{dice.randbytes(8).hex()}.png?s={dice.randbytes(20).hex()}"
+    return {"url": url, "width": dice.randrange(100, 2000), "height": dice.randrange(100, 2000)}
+
+
+def invented_posts(count: int = 5000) -> Iterator[dict[str, Any]]:
+    """Invent posts of 3.1 kB in the middle, and 16 kB at the upper hundredth."""
+    dice = random.Random(1)
+    for n in range(count):
+        bytes_left = int(dice.lognormvariate(math.log(3100), 0.7)) - 1600
+        pictures = max(0, bytes_left) // 2 // 150 if n % 2 else 0
+        words = "Nobody wrote this. " * (max(0, bytes_left - 150 * pictures) // 19)
+        yield make_post(n, selftext=words, preview=preview(dice, pictures))
+
+
+def templates() -> list[list[bytes]]:
+    samples = os.environ.get("REDPIPE_SAMPLES")
+    return [template(post) for post in (recorded_posts(samples) if samples else invented_posts())]
+
+
+def made_up(forms: list[list[bytes]], count: int) -> Iterator[bytes]:
+    """Yield so many posts as lines; each has an id and a time of its own."""
+    mark = MARK_ID.encode()
+    for n, (head, tail) in enumerate(islice(cycle(forms), count)):
+        identifier = base36(36**6 + n)
+        time = b"%d.0" % (FIRST_UTC + n // 17)
+        yield head.replace(mark, identifier) + time + tail.replace(mark, identifier)
+
+
+def sizes_of(forms: list[list[bytes]]) -> str:
+    """Describe the posts."""
+    lengths = [len(head) + len(tail) for head, tail in forms]
+    kind = "recorded" if os.environ.get("REDPIPE_SAMPLES") else "invented"
+    return f"{kind}, median {median(lengths):,.0f} bytes, p99 {quantiles(lengths, n=100)[98]:,.0f}"
+
+
+# --- runs
+
+
+def run_timed(command: list[str], lines: Iterable[bytes] = ()) -> Run:
+    """Run a command to a good end; `lines` go to its standard input."""
+    stopwatch = [sys.executable, "-I", "-S", "-c", STOPWATCH, *command]
+    environment = bare_environment(LC_ALL="C.UTF-8")
+    with subprocess.Popen(
+        stopwatch, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.writelines(lines)
+        out, _ = process.communicate(timeout=3600)
+    seconds, cpu, peak, status = out.split()
+    if status != b"0":
+        sys.exit(f"status {status.decode()}: {' '.join(command)}")
+    return Run(float(seconds), float(cpu), float(peak))
+
+
+def remove(database: Path) -> None:
+    for path in database.parent.glob(f"{database.name}*"):
+        path.unlink()
+
+
+def measure(commands: dict[str, list[str]], database: Path, rounds: int) -> dict[str, list[Run]]:
+    """Run all commands in turn, `rounds` times after a first one."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for turn in range(rounds + 1):
+        for name, command in commands.items():
+            if name != AGAIN:
+                remove(database)
+            os.sync()  # nobody waits for what another one has left to be written
+            run = run_timed(command)
+            if turn:
+                runs[name].append(run)
+    return runs
+
+
+def commands_of(work: Path, python: Path, file: Path, database: Path) -> dict[str, list[str]]:
+    """Name the commands that are measured, in their order."""
+    paths = [str(file), str(database)]
+    redpipe = [str(python), str(work / "redpipe.pyz"), f"--from={file}", str(database)]
+    bare_loop = str(Path(__file__).with_name("bare_loop.py"))
+    utils = [str(install_sqlite_utils(work)), "insert", str(database), "posts", str(file)]
+    commands = {
+        BARE: [str(python), "-I", bare_loop, *paths],
+        REDPIPE: redpipe,
+        AGAIN: redpipe,
+        UTILS: [*utils, "--nl", "--ignore", "--pk", "id", "--alter", "--silent"],
+    }
+    if shutil.which("jq") and shutil.which("sqlite3"):
+        commands[JQ] = ["/bin/sh", "-c", JQ_PIPE, "sh", *paths]
+    return commands
+
+
+def install_sqlite_utils(work: Path) -> Path:
+    """Install the pinned sqlite-utils into an environment of its own."""
+    subprocess.run([sys.executable, "-m", "venv", work / "utils"], check=True, timeout=300)
+    pip = [work / "utils/bin/python3", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--disable-pip-version-check", SQLITE_UTILS], check=True, timeout=300)
+    return work / "utils/bin/sqlite-utils"
+
+
+# --- the tables
+
+
+def times(runs: dict[str, list[Run]], one: str, other: str) -> float:
+    """Give how many times as long `one` took as `other`: the median of the rounds."""
+    pairs = zip(runs[one], runs[other], strict=True)
+    return median(first.seconds / second.seconds for first, second in pairs)
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "**MISSED**"
+
+
+def speed_rows(runs: dict[str, list[Run]], posts: int) -> list[str]:
+    """Write the table of commands."""
+    slower = times(runs, REDPIPE, BARE)
+    faster = times(runs, UTILS, REDPIPE)
+    bars = {
+        REDPIPE: f"at most {MOST_TIMES_BARE} x: {verdict(slower <= MOST_TIMES_BARE)}",
+        UTILS: f"redpipe at least {LEAST_TIMES_SQLITE_UTILS:g} x as fast: {faster:.1f} x, "
+        + verdict(faster >= LEAST_TIMES_SQLITE_UTILS),
+    }
+    rows = [
+        "| import | seconds | CPU s | posts/s | peak MB | x bare loop | bar |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, done in runs.items():
+        seconds, cpu, peak = (median(values) for values in zip(*done, strict=True))
+        rows.append(
+            f"| {name} | {seconds:.2f} | {cpu:.2f} | {posts / seconds:,.0f} | {peak / 1e6:.1f} "
+            f"| {times(runs, name, BARE):.2f} | {bars.get(name, '')} |"
+        )
+    return rows
+
+
+def memory_rows(few: Run, many: Run) -> list[str]:
+    """Write the table of memory."""
+    grown = many.peak - few.peak
+    bar = f"at most {MOST_GROWTH / 1e6:g} MB more: {grown / 1e6:.1f}, "
+    bar += verdict(grown <= MOST_GROWTH)
+    rows = ["| `--from=-` | seconds | CPU s | peak MB | bar |", "|---|---|---|---|---|"]
+    for posts, run, its_bar in ((FEW, few, ""), (MANY, many, bar)):
+        peak = run.peak / 1e6
+        rows.append(
+            f"| {posts:,} posts | {run.seconds:.1f} | {run.cpu:.1f} | {peak:.1f} | {its_bar} |"
+        )
+    return rows
+
+
+def main() -> int:
+    """Measure everything, print the tables, and tell whether all bars are met."""
+    posts, rounds = (*map(int, sys.argv[1:]), *(20_000, 5)[len(sys.argv) - 1 :])
+    forms = templates()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        done = build(work / "redpipe.pyz")
+        if done.returncode:
+            sys.exit(done.stderr)
+        python = make_bare(sys.executable, work / "bare")
+        file, database = work / "posts.ndjson", work / "posts.db"
+        with file.open("wb") as dump:
+            dump.writelines(made_up(forms, posts))
+        commands = commands_of(work, python, file, database)
+        runs = measure(commands, database, rounds)
+        piped = [str(python), str(work / "redpipe.pyz"), "--from=-", str(database)]
+        remove(database)
+        few = run_timed(piped, made_up(forms, FEW))
+        remove(database)
+        many = run_timed(piped, made_up(forms, MANY))
+    title = f"CPython {platform.python_version()}, {posts:,} posts ({sizes_of(forms)})"
+    table = [
+        f"{title}, medians of {rounds} rounds",
+        "",
+        *speed_rows(runs, posts),
+        "",
+        *memory_rows(few, many),
+    ]
+    print("\n".join(table))
+    return 1 if "MISSED" in "".join(table) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,288 @@
+"""Whatever a post holds, it becomes a row, and the row comes back equal.
+
+Properties over invented posts of any shape. REDPIPE_EXAMPLES: how many of each to try
+(default 100; the long way is thousands).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+from contextlib import closing, suppress
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from pipeline import (
+    COLUMNS,
+    BadLines,
+    Database,
+    Field,
+    FileUnreadable,
+    load,
+    open_file,
+    parse_json,
+    read_file,
+    transform,
+)
+from virtual import VirtualClock
+
+INJECTION = "'); DROP TABLE posts;--"
+MEGABYTE = "é\0\ud800x" * 250_000
+KEYS = ("created_utc", "subreddit", "title", "author", "author_fullname", "permalink", "name")
+FIELDS = [Field(("x",), "x"), Field(("x", "y"), "x_y"), Field(("order",), "order")]
+
+settings.register_profile(
+    "hostile",
+    max_examples=int(os.environ.get("REDPIPE_EXAMPLES", "100")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+hostile = settings.get_profile("hostile")
+
+
+class Nested(list):
+    """Hold lists or objects in each other; hypothesis cannot print deep ones."""
+
+    def __init__(self, depth, kind):
+        value = None
+        for _ in range(depth - 1):
+            value = [value] if kind == "list" else {"y": value}
+        super().__init__([value])
+        self.name = f"Nested({depth}, {kind!r})"
+
+    def __repr__(self):
+        return self.name
+
+
+text = st.one_of(
+    st.text(st.characters()),  # NUL and surrogates are among them
+    st.text(st.sampled_from("\0\ud800\udfff\U0001f600\x1b\r\n\u202e&<>;'\"?%"), max_size=20),
+    st.sampled_from(
+        [
+            INJECTION,
+            '"); DROP TABLE posts;--',
+            "[deleted]",
+            "NULL",
+            "nan",
+            "1e999",
+            "9" * 5000,
+            "\x1b[31m\x1b]0;title\x07",
+            "x" * 2**12,
+            "\ud800" * 2**10,
+            "\0" * 2**10,
+        ]
+    ),
+)
+integers = st.one_of(
+    st.integers(),
+    st.sampled_from([2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 10**4299, -(10**4299)]),
+)
+times = st.one_of(
+    st.sampled_from([0, -1, 1, 4_102_444_799.0, 4_102_444_799, 1e18, 1e19, -1e300, "0", "-1.5"]),
+    integers,
+    st.floats(),
+    text,
+)
+scalars = st.one_of(st.none(), st.booleans(), integers, st.floats(), text)
+values = st.one_of(
+    scalars,
+    st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4), st.dictionaries(text, inner, max_size=4)
+        ),
+        max_leaves=12,
+    ),
+    st.builds(Nested, st.integers(1, 200), st.sampled_from(["list", "object"])),
+    st.builds(Nested, st.just(5000), st.sampled_from(["list", "object"])),
+)
+ids = st.text("0123456789abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=100)
+posts = st.builds(
+    lambda identifier, known, other: {**other, **known, "id": identifier},
+    ids,
+    st.fixed_dictionaries(
+        {}, optional={**dict.fromkeys(KEYS, values), "created_utc": times | values}
+    ),
+    st.dictionaries(st.sampled_from(["x", "order", "kind", "data", INJECTION]), values, max_size=3),
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "posts.db")
+
+
+@pytest.fixture
+def database(path):
+    with Database(path, FIELDS, VirtualClock()) as opened:
+        yield opened
+
+
+def stored(path, ids):
+    """Read rows back by plain SQL, as `transform` writes them."""
+    names = (*COLUMNS, "x", "x_y", "order")
+    quoted = ", ".join(f'"{name}"' for name in names)
+    with closing(sqlite3.connect(path)) as connection:
+        return {
+            identifier: dict(
+                zip(
+                    names,
+                    connection.execute(
+                        f"SELECT {quoted} FROM posts WHERE id = ?", (identifier,)
+                    ).fetchone(),
+                    strict=True,
+                )
+            )
+            for identifier in ids
+        }
+
+
+def clear(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DELETE FROM posts")
+        connection.commit()
+
+
+def is_storable(value):
+    """Tell whether SQLite gives a value back as it got it."""
+    if isinstance(value, str):
+        return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return value is None or (isinstance(value, float) and math.isfinite(value))
+
+
+@hostile
+@given(posts)
+@example({"id": "a", **dict.fromkeys(KEYS, INJECTION), "x": INJECTION})
+@example({"id": "z" * 100, "x": Nested(100_000, "list")})
+@example({"id": "0", "x": [float("nan"), 10**5000, "\ud800", True]})
+def test_any_post_becomes_a_row_that_can_be_stored(post):
+    row = transform(post, FIELDS)
+    assert list(row) == [*COLUMNS, "x", "x_y", "order"]
+    assert row["id"] == post["id"]
+    assert all(map(is_storable, row.values()))
+    assert type(row["created_utc"]) in (int, type(None))
+    for column in ("subreddit", "title", "author", "author_name", "permalink"):
+        assert type(row[column]) in (str, type(None))
+
+
+@hostile
+@given(st.lists(posts, min_size=1, max_size=5, unique_by=lambda post: post["id"]))
+@example([{"id": "a", **dict.fromkeys(KEYS, INJECTION), "x": INJECTION, "order": INJECTION}])
+@example([{"id": "a", **dict.fromkeys(KEYS, MEGABYTE), "x": [MEGABYTE], "order": MEGABYTE}])
+def test_what_is_stored_comes_back_equal(database, path, posts):
+    clear(path)
+    rows = {post["id"]: transform(post, FIELDS) for post in posts}
+    assert load(database, rows.values()) == len(rows)
+    assert stored(path, rows) == rows
+    assert load(database, rows.values()) == 0
+    assert stored(path, rows) == rows
+
+
+@hostile
+@given(posts, posts)
+def test_a_post_that_comes_again_never_loses_what_is_known(database, path, first, second):
+    clear(path)
+    one, other = transform(first, FIELDS), transform({**second, "id": first["id"]}, FIELDS)
+    load(database, [one])
+    load(database, [other])
+    filled = {key: other[key] if value is None else value for key, value in one.items()}
+    assert stored(path, [first["id"]]) == {first["id"]: filled}
+
+
+# --- as lines of a file
+
+
+def as_line(post):
+    """Write a post as JSON, NaN and surrogates included; None for what JSON cannot say."""
+    try:
+        return json.dumps(post).encode()
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_plain(post, line):
+    """Tell whether a post can be mistaken for nothing else, and is not too deep to be read."""
+    shallow = line is not None and line.count(b"[") + line.count(b"{") < 500
+    return shallow and not {"name", "kind", "data"} & post.keys()
+
+
+@hostile
+@given(st.lists(posts, min_size=1, max_size=5, unique_by=lambda post: post["id"]))
+def test_any_post_of_a_file_is_stored_or_said(database, path, tmp_path, posts):
+    clear(path)
+    lines = {post["id"]: line for post in posts if (line := as_line(post))}
+    (tmp_path / "posts.ndjson").write_bytes(b"\n".join(lines.values()))
+    bad = 0
+    with open_file(str(tmp_path / "posts.ndjson")) as file:
+        try:
+            for batch in read_file(file):
+                load(database, [transform(post, FIELDS) for post in batch.posts])
+        except BadLines as exc:
+            bad = int(str(exc).split()[0])
+    with closing(sqlite3.connect(path)) as connection:
+        ids = {row[0] for row in connection.execute("SELECT id FROM posts")}
+    assert len(ids) == len(lines) - bad
+    assert ids >= {post["id"] for post in posts if is_plain(post, lines.get(post["id"]))}
+
+
+@hostile
+@given(st.binary(max_size=200) | st.text().map(str.encode) | values.map(as_line))
+@example(b"[" * 100_000)
+@example(b'{"a":' * 100_000)
+@example(b"[" + b"9" * 5000 + b"," + b"[" * 100_000)
+@example(b"-" + b"9" * 5000)
+@example(b'"\\ud800\xed\xa0\x80"')
+@example(b"")
+@example(b"\xef\xbb\xbf{}")
+def test_json_is_read_or_is_a_value_error(line):
+    if line is None:
+        return
+    with suppress(ValueError):
+        parse_json(line)
+
+
+@hostile
+@given(st.binary(max_size=300))
+def test_a_file_of_anything_raises_only_what_a_user_can_be_told(tmp_path, content):
+    (tmp_path / "posts.ndjson").write_bytes(content)
+    with (
+        suppress(BadLines, FileUnreadable),
+        open_file(str(tmp_path / "posts.ndjson")) as file,
+    ):
+        for batch in read_file(file):
+            assert all(transform(post) for post in batch.posts)
+
+
+# --- the rest of DESIGN's list, one by one
+
+
+@pytest.mark.parametrize("identifier", ["a", "A", "0", "9z" * 50])
+def test_ids_of_one_and_of_a_hundred_characters(database, path, identifier):
+    load(database, [transform({"id": identifier}, FIELDS)])
+    assert stored(path, [identifier])[identifier]["id"] == identifier
+
+
+@pytest.mark.parametrize("seconds", [0, -1, -(10**9), 4_102_444_799, 2**62, -(2**62)])
+def test_times_far_away_do_not_break_the_views(database, path, seconds):
+    load(database, [transform({"id": "a1", "created_utc": seconds}, FIELDS)])
+    with closing(sqlite3.connect(path)) as connection:
+        for view in ("recent_posts", "posts_per_hour", "coverage"):
+            connection.execute(f"SELECT * FROM {view}").fetchall()
+
+
+def test_every_field_may_try_to_drop_the_table(redpipe, tmp_path):
+    post = {**dict.fromkeys(KEYS, INJECTION), "id": "a1", "name": "t3_a1", "x": {INJECTION: 1}}
+    stdin = json.dumps(post)
+    assert redpipe("--field=x", "--from=-", "posts.db", stdin=stdin) == (0, "", "")
+    with closing(sqlite3.connect(tmp_path / "posts.db")) as connection:
+        assert connection.execute(
+            "SELECT id, created_utc, subreddit, title, author, author_name, permalink, x FROM posts"
+        ).fetchall() == [
+            ("a1", None, *[INJECTION] * 5, '{"\'); DROP TABLE posts;--": 1}'),
+        ]

@@ -1,0 +1,851 @@
+"""Follow an invented Reddit on a virtual clock: each promise of the stream has its test.
+
+T is the time at which every test begins, and 300 s later the first full walk is due.
+`listed("a", -60)` is a post of r/python that was created 60 s before T; a `World` holds the
+listing, the clock and a real database file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import pipeline
+from fake_reddit import Budget, FakeReddit, Fault, Post, error_reply, listing, thing
+from virtual import VirtualClock, fetch_from
+
+T = 1_789_132_800  # a multiple of 300 times a large power of two
+ACCESS = pipeline.Access(client_id="app-id", client_secret="app-secret")
+
+
+def listed(identifier: str, age: float, subreddit: str = "python", **more: Any) -> Post:
+    """Invent a post with few fields, created `age` seconds after T (before, if negative)."""
+    post = {"id": identifier, "created_utc": float(T + age), "subreddit": subreddit}
+    return {**post, "title": identifier, "author_fullname": "t2_x", "author": "x", **more}
+
+
+def child(identifier: str, age: float) -> str:
+    """Write such a post as a listing's child."""
+    return thing(listed(identifier, age))
+
+
+def ids_of(posts: list[Post]) -> list[str]:
+    return [post["id"] for post in posts]
+
+
+class World:
+    """A listing, a clock and a database; requests take no time."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.clock = VirtualClock(T)
+        self.reddit = FakeReddit(self.clock)
+        self.reddit.create("python", "rust")
+        self.serve = fetch_from(self.reddit, self.clock, 0.0)
+        self.database = pipeline.Database(path, clock=self.clock)
+        self.before_request: dict[int, Any] = {}
+        self.requests = 0
+
+    def fetch(self, request: pipeline.Request) -> pipeline.Answer:
+        """Do what is to happen before this listing request, then answer it."""
+        if "/new" in request.url:
+            self.requests += 1
+            self.before_request.get(self.requests, lambda: None)()
+        return self.serve(request)
+
+    def before(self, number: int, action: Any) -> None:
+        """Let something happen before the listing request of that number from now on."""
+        self.before_request = {self.requests + number: action}
+
+    def list_posts(self, first: str, count: int, start: float, step: float, **more: Any) -> None:
+        """List posts first0, first1, … of which each is `step` seconds newer."""
+        for n in range(count):
+            self.reddit.add(listed(f"{first}{n}", start + n * step, **more))
+
+    def follow(self, *names: str, **options: Any) -> Iterator[pipeline.Batch]:
+        """Follow names (r/python unless told), and store each batch when it has come."""
+        source = pipeline.Reddit(ACCESS, self.fetch, self.clock)
+        options = {"chance": lambda: 0.5, **options}
+        for batch in pipeline.stream(source, names or ("python",), self.database, **options):
+            self.load(batch.posts, batch.cursors, batch.gaps)
+            yield batch
+
+    def load(self, posts: list[Post], *more: Any) -> None:
+        pipeline.load(self.database, map(pipeline.transform, posts), *more)
+
+    def once(self, *names: str) -> list[pipeline.Batch]:
+        """Poll once to the end."""
+        return list(self.follow(*names, once=True))
+
+    def rows(self, sql: str) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql).fetchall()
+
+    def stored(self) -> list[str]:
+        return [row[0] for row in self.rows("SELECT id FROM posts ORDER BY created_utc, id")]
+
+    def cursor(self, name: str = "python") -> int:
+        return self.rows(f"SELECT newest_utc FROM cursors WHERE subreddit = '{name}'")[0][0]
+
+    def gaps(self) -> list[Any]:
+        return self.rows("SELECT subreddit, after_utc, before_utc FROM gaps ORDER BY 1, 2")
+
+    def asked(self, start: int = 0) -> list[str]:
+        """Give the listing requests since that number, as `python` or `python after x`."""
+        seen = [(r.path.split("/")[2], r.query.get("after")) for r in self.reddit.requests()]
+        return [f"{names} after {after[3:]}" if after else names for names, after in seen[start:]]
+
+
+@pytest.fixture
+def world(tmp_path) -> Iterator[World]:
+    world = World(str(tmp_path / "posts.db"))
+    with world.database:
+        yield world
+
+
+@pytest.fixture
+def told(caplog):
+    """Give a function that returns the warnings so far."""
+    caplog.set_level(logging.DEBUG, "redpipe")
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+class KilledError(BaseException):
+    """The process died."""
+
+
+def die() -> None:
+    raise KilledError
+
+
+# A poll
+
+
+def test_a_poll_reads_older_pages_until_it_is_past_the_cursor(world):
+    world.list_posts("old", 300, -400, 1)
+    world.once()
+    world.clock.advance(290)
+    world.list_posts("new", 250, 1, 1)
+    asked = len(world.asked())
+    world.once()
+    assert world.asked(asked) == ["python", "python after new150", "python after new50"]
+    assert len(world.stored()) == 550
+
+
+def test_posts_come_oldest_first(world):
+    for identifier, age in (("c", -10), ("a", -30), ("b", -20)):
+        world.reddit.add(listed(identifier, age))
+    assert [ids_of(batch.posts) for batch in world.once()] == [["a", "b", "c"]]
+
+
+def test_posts_of_the_same_second_come_in_the_order_of_their_ids(world):
+    for identifier in ("zz", "100", "9"):
+        world.reddit.add(listed(identifier, -30))
+    assert [ids_of(batch.posts) for batch in world.once()] == [["9", "zz", "100"]]
+
+
+def test_a_walk_of_several_pages_is_one_batch_with_its_cursor(world):
+    world.list_posts("p", 250, -250, 1)
+    (batch,) = world.once()
+    assert len(batch.posts) == 250
+    assert batch.cursors == {"python": pipeline.Cursor(T - 250, T - 1, T)}
+    assert batch.gaps == []
+
+
+def test_a_post_is_given_only_once(world):
+    world.reddit.add(listed("a", -20))
+    stream = world.follow()
+    assert ids_of(next(stream).posts) == ["a"]
+    world.reddit.add(listed("b", -10))
+    assert ids_of(next(stream).posts) == ["b"]
+    assert next(stream).posts == []
+
+
+def test_a_second_start_continues(world):
+    world.reddit.add(listed("a", -20))
+    world.once()
+    world.reddit.add(listed("b", -10))
+    assert [ids_of(batch.posts) for batch in world.once()] == [["b"]]
+
+
+# The stop rule
+
+
+@pytest.mark.parametrize(("old", "pages"), [(1, 3), (9, 3), (10, 2)])
+def test_a_page_ends_the_walk_when_its_last_ten_posts_are_old(world, old, pages):
+    world.reddit.add(listed("first", -500))
+    world.once()
+    world.clock.advance(290)
+    # Two pages and a half; at the end of the second one stand old posts.
+    world.list_posts("p", 50, 1, 1)
+    for n in range(old):
+        world.reddit.add(listed(f"old{n}", -1000 + n), rank=T + 60 + n / 100)
+    world.list_posts("q", 200 - old, 70, 1)
+    asked = len(world.asked())
+    world.once()
+    assert len(world.asked(asked)) == pages
+
+
+def test_an_old_post_on_top_ends_nothing(world):
+    world.list_posts("old", 20, -500, 1)
+    world.once()
+    world.clock.advance(400)
+    world.list_posts("new", 150, 1, 1)
+    world.reddit.add(listed("approved", -80_000), rank=T + 399)
+    world.once()
+    assert len(world.stored()) == 171
+
+
+def test_a_short_page_ends_the_walk_when_all_its_posts_are_old(world):
+    world.list_posts("old", 120, -500, 1)
+    world.once()
+    page = listing([child("x", -500)], "t3_x")
+    world.reddit.serve_listing_bytes(page)
+    asked = len(world.asked())
+    world.once()
+    assert world.asked(asked) == ["python"]
+
+
+def test_a_stored_post_that_is_newer_than_the_cursor_proves_nothing(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(300)
+    world.list_posts("new", 250, 1, 1)
+    world.load([listed(f"new{n}", 1 + n) for n in range(60, 250)])  # another source
+    world.once()
+    assert len(world.stored()) == 270
+
+
+def test_posts_of_another_source_move_no_cursor(world):
+    world.list_posts("old", 2, -100, 1)
+    world.once()
+    world.load([listed("new", 5000)])
+    assert world.cursor() == T - 99
+
+
+# Killed
+
+
+@pytest.mark.parametrize("request_number", [1, 2, 3, 4, 5])
+def test_a_walk_that_does_not_finish_stores_nothing_and_moves_nothing(world, request_number):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(600)
+    world.list_posts("new", 450, 1, 1)
+    world.before(request_number, die)
+    with pytest.raises(KilledError):
+        world.once()
+    assert (len(world.stored()), world.cursor()) == (20, T - 81)
+    world.once()
+    assert (len(world.stored()), world.cursor()) == (470, T + 450)
+
+
+def test_after_a_kill_between_walk_and_transaction_the_next_poll_gives_the_same(world):
+    world.list_posts("p", 3, -100, 1)
+    source = pipeline.Reddit(ACCESS, world.fetch, world.clock)
+    lost = next(pipeline.stream(source, ["python"], world.database, once=True))
+    assert world.once() == [lost]
+
+
+# Late posts
+
+
+def test_what_appears_within_the_look_back_is_not_missed(world):
+    world.list_posts("p", 1000, -1000, 1)
+    stream = world.follow()
+    next(stream)
+    world.reddit.add(listed("late", -28))
+    world.list_posts("new", 95, 1, 0.1)
+    assert "late" in ids_of(next(stream).posts)
+
+
+def test_the_look_back_adapts_to_the_lateness_seen(world):
+    world.reddit.budgets["oauth"] = Budget(100_000)
+    pages = pages_of_each_poll(world, lateness=0)
+    assert pages[0] >= 4  # 10 posts a second, 30 s of look-back and what is new
+    assert pages[-1] == 2
+
+
+def test_the_look_back_stays_long_while_posts_are_late(world):
+    world.reddit.budgets["oauth"] = Budget(100_000)
+    assert pages_of_each_poll(world, lateness=12)[-1] >= 4  # twice 12 s, and what is new
+
+
+def test_the_look_back_shrinks_when_the_budget_is_scarce(world):
+    world.reddit.budgets["oauth"] = Budget(100)
+    spare = pages_of_each_poll(world, lateness=0, polls=2)[0]
+    world.reddit.budgets["oauth"] = Budget(100_000)
+    assert spare < pages_of_each_poll(world, lateness=0, polls=2)[0]
+
+
+def pages_of_each_poll(world: World, lateness: float, polls: int = 40) -> list[int]:
+    """Follow 10 posts a second, of which each fiftieth is listed late."""
+    start = world.clock.time() - T
+
+    def more() -> None:
+        for n in range(int(start * 10), int((start + 600) * 10)):
+            at = n / 10
+            late = lateness if n % 50 == 0 else 0
+            world.reddit.add(listed(f"r{n}", at), visible_utc=T + at + late)
+
+    more()
+    world.clock.advance(120)
+    asked = len(world.asked())
+    counts = [len(world.asked()) for _ in itertools.islice(world.follow(), polls)]
+    pages = [after - before for before, after in itertools.pairwise([asked, *counts])]
+    return [count for count in pages if count < 10]  # the others were full walks
+
+
+def test_what_is_approved_later_is_stored_by_a_full_walk_within_five_minutes(world):
+    world.list_posts("p", 900, -900, 1)
+    stream = world.follow()
+    next(stream)
+    world.reddit.add(listed("approved", -500))
+    full_walks = []
+    for n in range(30):  # 750 s
+        world.list_posts(f"n{n}x", 25, n * 25, 1)
+        asked = len(world.asked())
+        next(stream)
+        if len(world.asked(asked)) == 10:
+            full_walks.append(world.clock.time() - T)
+    assert full_walks == [300, 600]
+    assert "approved" in world.stored()
+
+
+def test_a_quiet_listing_is_hardly_ever_walked_in_full(world):
+    world.list_posts("p", 500, -500 * 300, 300)  # a post in five minutes
+    full_walks = []
+    stream = world.follow(interval=300)
+    for n in range(288):  # a day
+        asked = len(world.asked())
+        next(stream)
+        if len(world.asked(asked)) > 1:
+            full_walks.append(n)
+        world.reddit.add(listed(f"n{n}", n * 300))
+    assert len(full_walks) == 3
+
+
+def test_no_full_walk_begins_when_the_window_cannot_carry_it(world):
+    world.reddit.budgets["oauth"] = Budget(40)
+    world.list_posts("p", 1000, -2000, 2)
+    stream = world.follow()
+    ended = []
+    while world.clock.time() < T + 3000:
+        next(stream)
+        ended.append(world.clock.time())
+    assert [seen.status for seen in world.reddit.requests() if seen.status != 200] == []
+    assert max(later - earlier for earlier, later in itertools.pairwise(ended)) < 120
+
+
+# Lost anchors
+
+
+@pytest.mark.parametrize("removed", [1, 2, 3, 10, 50, 99, 100])
+def test_a_lost_anchor_is_no_end(world, removed):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(300)
+    world.list_posts("new", 250, 1, 1)
+    remove = [f"new{n}" for n in range(150, 150 + removed)]  # the first page ends with new150
+    world.before(2, lambda: [world.reddit.remove(identifier) for identifier in remove])
+    world.once()
+    assert len(world.stored()) == 270
+    assert world.gaps() == []
+
+
+def test_an_anchor_that_reddit_does_not_know_proves_nothing(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(300)
+    world.list_posts("new", 250, 1, 1)
+    # Reddit drops an `after` that it does not know, and answers with the newest page again.
+    world.before(2, lambda: world.reddit.posts.pop("new150"))
+    world.once()
+    assert world.gaps() == [("python", T - 81 - 30, T + 151 + 9)]
+
+
+def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_second_beginning(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(200)
+    world.list_posts("new", 150, 1, 1)
+
+    def be_slow() -> None:
+        world.clock.advance(2000)
+        world.list_posts("more", 1200, 300, 1)
+
+    world.before(2, be_slow)
+    world.once()
+    assert world.cursor() == T + 1499
+    world.once()
+    assert world.gaps() == [("python", T - 81 - 30, T + 500 + 9)]
+
+
+def test_a_page_that_comes_again_and_again_ends_the_walk(world):
+    world.list_posts("p", 300, -300, 1)
+    world.once()
+    asked = len(world.asked())
+    world.clock.advance(1000)
+    page = listing([child(f"x{n}", n) for n in range(100, 0, -1)], "t3_x1")
+    world.reddit.faults = lambda method, path, query: (
+        (200, {"content-type": "application/json"}, page) if "/new" in path else None
+    )
+    world.once()
+    assert len(world.asked(asked)) <= 10
+
+
+def test_empty_pages_below_a_full_one_are_no_end_of_the_listing(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(300)
+    world.list_posts("new", 250, 1, 1)
+    world.reddit.script(None, *[(200, {}, listing([]))] * 20, on="/new")
+    with contextlib.suppress(pipeline.Failed):
+        world.once()
+    world.reddit._script.clear()
+    world.once()
+    assert len(world.stored()) == 270 or world.gaps() == [("python", T - 111, T + 160)]
+
+
+# Gaps
+
+
+def lose_posts(world: World, lost: int = 200, kept: int = 1000) -> None:
+    """Store 20 posts, then list so many that those after them have left the listing."""
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(2000)
+    world.list_posts("lost", lost, 1, 1)
+    world.list_posts("kept", kept, 501, 1)
+
+
+def test_a_gap_is_named_with_both_bounds_inclusive(world):
+    lose_posts(world)
+    world.once()
+    # The cursor less 30 s of lateness; the newest of the last ten posts.
+    assert world.gaps() == [("python", T - 81 - 30, T + 501 + 9)]
+    assert world.rows("SELECT noticed_utc FROM gaps") == [(T + 2000,)]
+    assert world.cursor() == T + 1500
+
+
+def test_a_gap_is_named_once(world):
+    lose_posts(world)
+    world.once()
+    world.once()
+    assert len(world.gaps()) == 1
+
+
+def test_all_that_is_still_listed_is_stored_beside_the_gap(world):
+    lose_posts(world)
+    world.once()
+    assert len(world.stored()) == 1020
+
+
+@pytest.mark.parametrize("removed", [0, 100])
+def test_a_listing_of_900_odd_posts_may_have_been_cut(world, removed):
+    lose_posts(world)
+    for n in range(removed):
+        world.reddit.remove(f"kept{500 + n}")
+    world.once()
+    assert world.gaps() == [("python", T - 111, T + 510)]
+
+
+def test_a_listing_well_short_of_the_horizon_is_complete(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    for n in range(20):
+        world.reddit.remove(f"old{n}")
+    world.clock.advance(2000)
+    world.list_posts("new", 740, 1, 1)
+    world.once()
+    assert world.gaps() == []
+    assert world.cursor() == T + 740
+
+
+@pytest.mark.parametrize(("new", "gaps"), [(960, []), (961, [("python", T - 81 - 30, T - 110)])])
+def test_a_full_listing_that_ends_above_the_lateness_seen_is_a_gap(world, new, gaps):
+    world.list_posts("old", 60, -140, 1)  # the newest at T - 81
+    world.once()
+    world.clock.advance(2000)
+    world.list_posts("new", new, 1, 1)  # the other places are taken down to T - 120
+    world.once()
+    assert world.gaps() == gaps
+
+
+def test_a_listing_that_has_moved_on_during_a_slow_walk_may_have_been_cut(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(1000)
+    world.list_posts("new", 900, 1, 1)
+
+    def be_slow() -> None:
+        world.clock.advance(60)
+        world.list_posts("more", 600, 1001, 0.1)
+
+    world.before(2, be_slow)  # 300 posts are left below the first page, of 800
+    world.once()
+    assert world.gaps() == [("python", T - 81 - 30, T + 1 + 500 + 9)]
+
+
+def test_the_lateness_seen_makes_a_gap_begin_closer_to_the_cursor(world):
+    world.list_posts("p", 20, -100, 1)
+    stream = world.follow()
+    next(stream)
+    for n in range(1300):
+        age = world.clock.time() - T
+        world.reddit.add(listed(f"n{n}", age))
+        if n % 20 == 0:
+            next(stream)
+    next(stream)
+    cursor = world.cursor()
+    age = world.clock.time() - T
+    world.clock.advance(5000)
+    world.list_posts("lost", 500, age + 1, 1)
+    world.list_posts("kept", 1000, age + 2000, 1)
+    next(stream)
+    # Nothing came late, but ten seconds are always allowed for.
+    assert world.gaps() == [("python", cursor - 10, int(T + age) + 2009)]
+
+
+def test_gaps_are_told_at_the_first_and_then_once_an_hour_with_their_number(world, told):
+    world.list_posts("p", 20, -100, 1)
+    stream = world.follow()
+    next(stream)
+    hours = []
+    for n in range(8):
+        world.list_posts(f"g{n}x", 1060, world.clock.time() - T, 1)
+        world.clock.advance(1060)
+        next(stream)
+        next(stream)
+        hours.append([text.split(":")[0] for text in told()])
+    assert len(world.gaps()) == 8
+    assert hours[0] == ["1 more gap(s)"]
+    assert hours[3] == ["1 more gap(s)"]
+    assert hours[7] == ["1 more gap(s)", "3 more gap(s)"]
+
+
+# Several names
+
+
+def follow_two(world: World) -> None:
+    """Store two posts of r/python, which will be busy, and two of quiet r/rust."""
+    world.list_posts("p", 2, -50, 1)
+    world.list_posts("r", 2, -70, 1, subreddit="rust")
+    world.once("python", "rust")
+
+
+def test_several_names_with_cursors_are_one_listing(world):
+    follow_two(world)
+    asked = len(world.asked())
+    world.once("python", "rust")
+    assert world.asked(asked) == ["python+rust"]
+
+
+def test_each_name_has_its_cursor(world):
+    world.reddit.add(listed("p", -50))
+    world.once("python")
+    world.reddit.add(listed("r", -70, "rust"))
+    world.once("python", "rust")
+    rows = "SELECT subreddit, since_utc, newest_utc FROM cursors ORDER BY 1"
+    assert world.rows(rows) == [("python", T - 50, T - 50), ("rust", T - 70, T - 70)]
+
+
+def test_a_joint_walk_goes_back_to_the_oldest_cursor(world):
+    world.list_posts("r", 2, -7000, 1, subreddit="rust")
+    world.once("rust")
+    world.list_posts("p", 300, -3000, 10)
+    world.once("python")
+    world.list_posts("x", 10, -5000, 1, subreddit="rust")
+    world.once("python", "rust")
+    assert len(world.stored()) == 312
+
+
+def test_a_busy_name_that_hides_a_quiet_one_makes_no_gap_for_it(world):
+    follow_two(world)
+    world.clock.advance(2000)
+    world.list_posts("quiet", 3, 100, 1, subreddit="rust")
+    world.list_posts("busy", 1200, 200, 1)
+    asked = len(world.asked())
+    world.once("python", "rust")
+    walks = [request for request in world.asked(asked) if "after" not in request]
+    assert walks == ["python+rust", "python", "rust"]
+    assert world.gaps() == [("python", T - 49 - 30, T + 400 + 9)]
+    assert [i for i in world.stored() if i[:5] == "quiet"] == ["quiet0", "quiet1", "quiet2"]
+    assert world.cursor("rust") == T + 102
+
+
+# A new name
+
+
+def test_a_new_name_is_walked_alone_before_it_joins_the_others(world):
+    world.reddit.add(listed("p", -50))
+    world.once("python")
+    world.reddit.add(listed("r", -70, "rust"))
+    asked = len(world.asked())
+    stream = world.follow("python", "rust")
+    batches = [next(stream) for _ in range(3)]
+    assert world.asked(asked) == ["python", "rust", "python+rust"]
+    assert [ids_of(batch.posts) for batch in batches] == [[], ["r"], []]
+
+
+def test_a_new_name_is_walked_as_deep_as_the_listing_goes_when_the_budget_allows(world):
+    world.list_posts("p", 1200, -1200, 1)
+    world.once()
+    assert len(world.stored()) == 1000
+    assert world.rows("SELECT since_utc FROM cursors") == [(T - 1000 + 9,)]
+    assert world.gaps() == []
+
+
+def test_a_new_name_is_walked_as_deep_as_the_budget_allows_without_waiting(world):
+    world.reddit.budgets["oauth"] = Budget(3)
+    world.list_posts("p", 1200, -1200, 1)
+    (batch,) = world.once()
+    assert len(world.asked()) == 3
+    assert world.clock.time() == T
+    assert batch.cursors == {"python": pipeline.Cursor(T - 300 + 9, T - 1, T)}
+
+
+def test_a_new_name_gets_one_page_at_least(world):
+    world.reddit.budgets["oauth"] = Budget(1)
+    world.list_posts("p", 1200, -1200, 1)
+    world.once()
+    assert (len(world.asked()), len(world.stored())) == (1, 100)
+
+
+def test_a_name_that_is_not_there_is_found_out_and_the_others_go_on(world, told):
+    world.reddit.add(listed("p", -50))
+    stream = world.follow("python", "nowhere")
+    assert ids_of(next(stream).posts) == ["p"]
+    world.reddit.add(listed("q", -40))
+    assert ids_of(next(stream).posts) == ["q"]
+    assert told() == ["r/nowhere does not exist; the others go on"]
+
+
+def test_a_new_name_without_posts_is_covered_from_now_on(world):
+    (batch,) = world.once()
+    assert batch.cursors == {"python": pipeline.Cursor(T, T, T)}
+
+
+# The primary key
+
+
+def test_a_known_value_is_never_replaced_by_a_missing_one(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    world.load([{"id": "a", "author": "[deleted]", "created_utc": None}])
+    rows = "SELECT id, created_utc, author, author_name, title FROM posts"
+    assert world.rows(rows) == [("a", T - 50, "t2_x", "x", "a")]
+
+
+def test_a_missing_author_is_filled_in_by_a_later_walk(world):
+    world.load([listed("a", -50, author_fullname=None)])
+    world.reddit.add(listed("a", -50))
+    world.once()
+    assert world.rows("SELECT id, author FROM posts") == [("a", "t2_x")]
+
+
+def test_another_redpipe_that_was_faster_leaves_no_duplicate(world):
+    world.list_posts("p", 300, -300, 1)
+    other = World(world.path)
+    other.reddit = world.reddit
+    other.serve = world.serve
+    world.before(3, other.once)
+    with other.database:
+        world.once()
+    assert len(world.stored()) == 300
+
+
+def overtaken(world: World) -> None:
+    """Start a poll; before its first answer another one ends, then many posts come."""
+    other = World(world.path)
+    other.reddit, other.serve = world.reddit, world.serve
+
+    def overtake() -> None:
+        with other.database:
+            other.once()
+        world.clock.advance(3000)
+        world.list_posts("lost", 300, 1001, 1)
+        world.list_posts("kept", 1000, 2001, 1)
+
+    world.before(1, overtake)
+    world.once()
+
+
+def test_a_slow_poll_names_the_gap_behind_the_poll_that_overtook_it(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(100)
+    world.list_posts("new", 50, 1, 1)
+    overtaken(world)
+    assert world.gaps() == [("python", T + 50 - 30, T + 2001 + 9)]
+
+
+def test_a_slow_first_poll_names_the_gap_behind_the_poll_that_overtook_it(world):
+    world.list_posts("old", 20, -100, 1)
+    overtaken(world)
+    assert world.gaps() == [("python", T - 81 - 30, T + 2001 + 9)]
+
+
+def test_a_slow_poll_repeats_no_gap_of_the_poll_that_overtook_it(world):
+    lose_posts(world)
+    other = World(world.path)
+    other.reddit, other.serve = world.reddit, world.serve
+    world.before(3, other.once)
+    with other.database:
+        world.once()
+    assert world.gaps() == [("python", T - 81 - 30, T + 501 + 9)]
+
+
+# Odd listings and times
+
+
+def test_an_empty_newest_page_is_asked_for_three_times_more(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    world.reddit.script(*[(200, {}, listing([]))] * 3)
+    world.reddit.add(listed("b", -40))
+    asked = len(world.asked())
+    assert [ids_of(batch.posts) for batch in world.once()] == [["b"]]
+    assert world.asked(asked) == ["python"] * 4
+
+
+def test_an_empty_newest_page_is_believed_the_fourth_time(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    world.reddit.remove("a")
+    asked = len(world.asked())
+    (batch,) = world.once()
+    assert world.asked(asked) == ["python"] * 4
+    assert batch == pipeline.Batch([], {"python": pipeline.Cursor(T - 50, T - 50, T + 3)}, [])
+
+
+def test_without_a_cursor_an_empty_newest_page_is_believed_at_once(world):
+    world.once()
+    assert world.asked() == ["python"]
+
+
+def test_a_time_in_the_future_never_moves_a_cursor(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    world.reddit.add(listed("tomorrow", 86_400))
+    world.reddit.add(listed("b", -40))
+    world.once()
+    assert world.stored() == ["a", "b", "tomorrow"]
+    assert world.cursor() == T - 40
+
+
+def test_a_new_name_whose_posts_are_all_in_the_future_is_covered_from_now_on(world):
+    world.reddit.add(listed("tomorrow", 86_400))
+    (batch,) = world.once()
+    assert batch.cursors == {"python": pipeline.Cursor(T, T, T)}
+
+
+def test_a_cursor_never_moves_back(world):
+    world.list_posts("p", 3, -50, 1)
+    world.once()
+    world.reddit.remove("p2")
+    world.reddit.remove("p1")
+    world.once()
+    assert world.cursor() == T - 48
+
+
+def test_posts_without_a_time_are_stored_and_move_nothing(world):
+    world.list_posts("p", 3, -50, 1)
+    world.once()
+    bare = '{"kind": "t3", "data": {"id": "bare"}}'
+    world.reddit.serve_listing_bytes(listing([bare]))
+    world.once()
+    assert sorted(world.stored()) == ["bare", "p0", "p1", "p2"]
+    assert world.cursor() == T - 48
+
+
+# Pacing of walks
+
+
+def test_a_walk_starts_only_when_the_window_carries_what_the_last_one_took(world):
+    world.reddit.budgets["oauth"] = Budget(12)
+    world.list_posts("p", 20, -100, 1)
+    stream = world.follow(interval=60)
+    next(stream)
+    for n in range(1, 4):
+        age = world.clock.time() - T
+        world.list_posts(f"n{n}x", 450, age, 0.01)
+        next(stream)
+    times = [seen.time - T for seen in world.reddit.requests()]
+    # 12 a window: one page, five, six; then nothing is left until the window ends at 600 s.
+    assert [times.count(at) for at in dict.fromkeys(times)] == [1, 5, 6, 9]
+    assert 600 <= times[-1] <= 605
+    assert [seen.status for seen in world.reddit.requests() if seen.status != 200] == []
+
+
+# Failures
+
+
+def test_failures_are_told_once_and_so_is_their_end(world, told):
+    world.reddit.add(listed("a", -50))
+    stream = world.follow()
+    next(stream)
+    world.reddit.script(*[error_reply(503, "down")] * 5)
+    next(stream)
+    assert told() == ["status 503, no listing: down; trying again", "Reddit answers again"]
+
+
+def test_following_never_gives_up(world):
+    stream = world.follow()
+    next(stream)
+    world.reddit.script(*[Fault("refuse")] * 500)
+    next(stream)
+    assert world.clock.time() - T > 1000
+
+
+def test_waits_after_failures_grow_to_five_seconds_on_a_busy_listing(world):
+    world.list_posts("p", 200, -20, 0.1)
+    stream = world.follow()
+    next(stream)
+    start = len(world.asked())
+    world.reddit.script(*[Fault("refuse")] * 6)
+    next(stream)
+    times = [seen.time for seen in world.reddit.requests()[start:]]
+    waits = [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)]
+    assert waits[:6] == [0.75, 1.5, 3.0, 6.0, 7.5, 7.5]
+
+
+def test_once_gives_up_after_two_minutes_with_its_last_try_at_their_end(world):
+    world.reddit.faults = lambda method, path, query: Fault("refuse")
+    with pytest.raises(pipeline.Failed):
+        world.once()
+    assert world.clock.time() == T + 120
+    assert world.reddit.log[-1].time == T + 120
+
+
+def test_a_good_answer_gives_once_two_minutes_more(world):
+    world.list_posts("p", 250, -250, 1)
+
+    def faults(method: str, path: str, query: dict[str, str]) -> Fault | None:
+        well = T + (210 if "after" in query else 100)
+        return Fault("refuse") if world.clock.time() < well and "/new" in path else None
+
+    world.reddit.faults = faults
+    world.once()
+    assert len(world.stored()) == 250
+
+
+def test_waiting_for_the_budget_is_no_failure_up_to_eight_minutes(world):
+    world.reddit.budgets["oauth"] = Budget(1, window=450, phase=T % 450)
+    world.list_posts("p", 3, -100, 1)
+    world.once()
+    assert len(world.once()) == 1
+    assert world.clock.time() - T <= 480
+
+
+def test_once_does_not_wait_longer_than_eight_minutes_for_the_budget(world):
+    world.reddit.budgets["oauth"] = Budget(0, window=4800, phase=T % 4800)
+    with pytest.raises(pipeline.Failed, match="budget"):
+        world.once()
+    assert world.clock.time() == T
