@@ -297,7 +297,7 @@ class Check:
         return dict(self.world.rows("SELECT subreddit, newest_utc FROM cursors"))
 
     def check_posts(self) -> None:
-        """New posts come oldest first, and each once."""
+        """Check that new posts come oldest first, and each once."""
         stored = {row[0] for row in self.world.rows("SELECT id FROM posts")}
         ids = [post["id"] for post in self.batch.posts]
         assert len(set(ids)) == len(ids)
@@ -306,12 +306,12 @@ class Check:
         assert times == sorted(times)
 
     def check_cursors(self, before: dict[str, int], after: dict[str, int]) -> None:
-        """A cursor never moves back, nor into the future."""
+        """Check that a cursor moves neither back nor into the future."""
         for name, newest_utc in after.items():
             assert before.get(name, 0) <= newest_utc <= self.world.clock.time()
 
     def check_served(self) -> None:
-        """What was listed to a finished walk is stored."""
+        """Check that what was listed to a finished walk is stored."""
         stored = {row[0] for row in self.world.rows("SELECT id FROM posts")}
         missing = {i for page in self.served for i in page.ids} - stored
         assert not missing, f"served, not stored: {sorted(missing)}"
@@ -418,10 +418,9 @@ CALM = {
 
 
 @pytest.fixture(autouse=True)
-def tell_seed() -> Iterator[None]:
+def tell_seed() -> None:
     """Print what repeats a run; pytest shows it when a test fails."""
     print(f"REDPIPE_SEED={SEED}")
-    yield
 
 
 @seed(SEED)

@@ -313,7 +313,7 @@ def hammer(process: subprocess.Popen[str], number: signal.Signals) -> Done:
     ends = time.monotonic() + SOON
     while process.poll() is None and time.monotonic() < ends:
         process.send_signal(number)
-        time.sleep(random.choice([0, 0, 0.0001, 0.001, 0.01]))
+        time.sleep(0.00005)
     out, err = process.communicate(timeout=20)
     return Done(process.returncode, out, err)
 
@@ -321,7 +321,7 @@ def hammer(process: subprocess.Popen[str], number: signal.Signals) -> Done:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_more_signals_do_not_disturb_the_end(redpipe, fake_reddit, database, number):
     add_posts(fake_reddit, range(7))
-    for _ in range(4):
+    for _ in range(5):
         database.unlink(missing_ok=True)
         process = redpipe.start("--interval=1", database, "python")
         wait_for(lambda: holds_posts(database))

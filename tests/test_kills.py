@@ -1,0 +1,92 @@
+"""Kill the built file at random moments: nothing listed is lost, nothing comes twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import subprocess
+import time
+
+import pytest
+
+from fake_reddit import Budget, FakeReddit, make_post
+
+
+@pytest.fixture
+def seed():
+    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
+    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
+    print(f"REDPIPE_SEED={drawn}")
+    return drawn
+
+
+def add_posts(reddit: FakeReddit, first: int, count: int, start: float) -> None:
+    """List posts that are half a second apart."""
+    for n in range(first, first + count):
+        reddit.add(make_post(n, start + (n - first) / 2, "python"))
+
+
+def stored(path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [row[0] for row in connection.execute("SELECT id FROM posts ORDER BY id")]
+
+
+def kill_often(redpipe, reddit: FakeReddit, path, kills: int, rng: random.Random) -> int:
+    """Start a follower and kill it, again and again; give how many had not ended by then.
+
+    Before each start 20 to 400 posts are listed, so that most are killed in the middle of
+    a catch-up of several pages. The listing is never longer than what Reddit lists.
+    """
+    killed = first = 0
+    reddit.budgets["json"] = Budget(total=1_000_000)
+    now = time.time() - 3600
+    for _ in range(kills):
+        count = rng.randrange(20, 400)
+        add_posts(reddit, first, count, now)
+        first, now = first + count, now + count / 2
+        for post_id in reddit.listing_ids("python")[900:]:
+            reddit.remove(post_id)
+        process = redpipe.start("--interval=1", path, "python")
+        time.sleep(rng.uniform(0.0, 0.6))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    return killed
+
+
+def check(redpipe, reddit: FakeReddit, path) -> None:
+    """Let a last run end in peace: every listed post is there, once."""
+    assert redpipe("--once", path, "python") == (0, "", "")
+    kept = stored(path)
+    assert len(kept) == len(set(kept))
+    assert not set(reddit.listing_ids("python")) - set(kept)
+
+
+def test_ten_kills_lose_nothing_that_is_listed(redpipe, fake_reddit, tmp_path, seed):
+    path = tmp_path / "posts.db"
+    assert kill_often(redpipe, fake_reddit, path, 10, random.Random(seed)) == 10
+    check(redpipe, fake_reddit, path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_hundred_kills_lose_nothing_that_is_listed(redpipe, fake_reddit, tmp_path, seed):
+    path = tmp_path / "posts.db"
+    assert kill_often(redpipe, fake_reddit, path, 200, random.Random(seed)) == 200
+    check(redpipe, fake_reddit, path)
+
+
+def test_a_killed_import_goes_on(redpipe, tmp_path, seed):
+    path, file = tmp_path / "posts.db", tmp_path / "posts.ndjson"
+    lines = [f'{{"id": "{n}a", "title": "{"x" * 2000}"}}\n' for n in range(20_000)]
+    file.write_text("".join(lines), "utf-8")
+    process = redpipe.start(f"--from={file}", path)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(random.Random(seed).uniform(0.2, 0.5))
+    process.kill()
+    process.communicate()
+    assert redpipe(f"--from={file}", path) == (0, "", "")
+    assert len(stored(path)) == 20_000
