@@ -511,9 +511,9 @@ class Budget(NamedTuple):
     """What may be asked; all times are one monotonic clock's seconds.
 
     `sent`: when the last requests went out. `total`, `remaining`, `resets_at`: the
-    window as x-ratelimit-* told it; `total` 0: never told. `refused`: the last answer
-    was a 429. `doublings`: how often a 429 that came without advice, or although its
-    advice was taken, has doubled the spacing, the last time at `doubled_at`.
+    window as x-ratelimit-* told it; `total` 0: never told. `refusals`: the 429s in
+    a row. `doublings`: how often a 429 without advice, or while no window is known, has
+    doubled the spacing, the last time at `doubled_at`.
     """
 
     per_minute: int
@@ -522,7 +522,7 @@ class Budget(NamedTuple):
     remaining: float = 0.0
     resets_at: float = 0.0
     not_before: float = 0.0
-    refused: bool = False
+    refusals: int = 0
     doublings: int = 0
     doubled_at: float = 0.0
 
@@ -616,12 +616,14 @@ def learned(budget: Budget, answer: Answer, now: float, utc: float) -> Budget:
             advice = max(advice or 0.0, reset + 1)
         # `reset` is whole seconds, cut or rounded: one more is sure to be past it.
         budget = budget._replace(remaining=remaining, resets_at=now + reset + 1)
+    refusals = budget.refusals + 1 if answer.status == 429 else 0
+    if refusals > 1 and advice is not None:  # the advice was too short
+        advice = max(advice, 2.0 ** min(refusals, 6))
     if advice is not None:
         budget = budget._replace(not_before=now + min(max(1.0, advice), LONGEST_ADVICE))
-    refused = answer.status == 429
-    if refused and (advice is None or not budget.total or budget.refused):
+    if refusals and (advice is None or not budget.total):
         budget = doubled(budget, now)
-    return budget._replace(refused=refused)
+    return budget._replace(refusals=refusals)
 
 
 def doubled(budget: Budget, now: float) -> Budget:
@@ -1145,8 +1147,9 @@ class Follower:
         """Walk back to the oldest of the cursors; without one, as deep as is free."""
         self._await_budget(self._pages_next())
         scarce = self._is_scarce()
-        self.carried, self.begun = self.reddit.carries(), self.clock.monotonic()
+        self.begun = self.clock.monotonic()
         first = self._newest_page(names, expected=bool(cursors))
+        self.carried = self.reddit.carries()
         target = self._target(cursors, listing_rate(first.posts), scarce=scarce)
 
         def may_ask(pages: int) -> bool:
