@@ -976,11 +976,13 @@ def walk_back(
     ask: Callable[[str | None], Page],
     target: float,
     may_ask: Callable[[int], bool] = lambda pages: True,
+    *,
+    whole: bool = False,
 ) -> Walk:
     """Read older pages until one has passed the target, or the listing ends.
 
-    `may_ask` is given the number of pages so far, and cuts the walk short. An empty
-    page is a lost anchor (that post was removed meanwhile), so the items before it are
+    A `whole` walk goes on to the end. `may_ask` is given the number of pages so far, and
+    cuts the walk short. An empty page is a lost anchor (that post was removed meanwhile), so the items before it are
     tried as anchors. A page with nothing fresh is the end; but if it is empty, or
     holds its own anchor, Reddit has not shown what is behind.
     """
@@ -992,7 +994,7 @@ def walk_back(
             found.setdefault(post["id"], post)
         passed = has_passed(page.posts, target)
         over = page.after is None or len(found) == known or len(found) > RUNAWAY
-        if passed or over or (cut := not may_ask(pages)):
+        if (passed and not whole) or over or (cut := not may_ask(pages)):
             break
         for anchor in (page.after, *earlier_anchors(list(found.values()))):
             page = ask(anchor)
@@ -1150,30 +1152,27 @@ class Follower:
         self.begun = self.clock.monotonic()
         first = self._newest_page(names, expected=bool(cursors))
         self.carried = self.reddit.carries()
-        target = self._target(cursors, listing_rate(first.posts), scarce=scarce)
+        rate = max(listing_rate(first.posts), self.rate or 0.0)
+        oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
+        target = oldest - look_back(self.lateness, rate, self.carried)
+        whole = not scarce and self._whole_walk_due(cursors, rate)
 
         def may_ask(pages: int) -> bool:
             deep_enough = scarce and pages >= DEEPEST
             return bool(cursors and not scarce) or (self.reddit.at_once() > 0 and not deep_enough)
 
-        walk = walk_back(first, lambda after: self._ask(names, after), target, may_ask)
+        walk = walk_back(first, lambda at: self._ask(names, at), target, may_ask, whole=whole)
         if len(names) == len(self.due):
             self.rate = listing_rate(walk.posts)
-        if math.isfinite(target):
+        if cursors and not whole:
             self.pages = walk.pages
         return walk
 
-    def _target(self, cursors: list[Cursor], rate: float, *, scarce: bool) -> float:
-        """Give the time that a walk is to pass; for the whole listing, minus infinity."""
-        if not cursors:
-            return -math.inf
-        rate, carried = max(rate, self.rate or 0.0), self.reddit.carries()
+    def _whole_walk_due(self, cursors: list[Cursor], rate: float) -> bool:
+        if not cursors or self.reddit.at_once() < HORIZON / PAGE:
+            return False
         polled = min(cursor.polled_utc for cursor in cursors)
-        due = not scarce and full_walk_due(polled, self.clock.time(), rate, carried)
-        if due and self.reddit.at_once() >= HORIZON / PAGE:
-            return -math.inf
-        oldest = min(cursor.newest_utc for cursor in cursors)
-        return oldest - look_back(self.lateness, rate, carried)
+        return full_walk_due(polled, self.clock.time(), rate, self.carried)
 
     def _is_scarce(self) -> bool:
         now = self.clock.monotonic()
