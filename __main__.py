@@ -375,7 +375,6 @@ def run(
     """Run the pipeline: posts from Reddit or a file, rows, transactions."""
     import gc
 
-    gc.disable()  # of what imports make nothing is garbage, and looking costs 5 % of a start
     import pipeline
 
     check_options(arguments)
@@ -390,6 +389,7 @@ def run(
             access, names, interval, once=arguments["--once"], signals=signals
         )
 
+    gc.freeze()
     gc.enable()
     stored, started = 0, time.monotonic()
     with pipeline.Database(arguments["<database>"], fields, shield=lambda: signals) as database:
@@ -402,6 +402,9 @@ def run(
 
 def main(argv: "list[str]") -> int:
     """Run the program and give its exit status; a signal ends the process later on."""
+    import gc
+
+    gc.disable()  # of what imports make nothing is garbage; to look costs 5 % of a start
     signals = Signals()
     console = Console(sys.stderr)
     try:

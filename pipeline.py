@@ -981,10 +981,11 @@ def walk_back(
 ) -> Walk:
     """Read older pages until one has passed the target, or the listing ends.
 
-    A `whole` walk goes on to the end. `may_ask` is given the number of pages so far, and
-    cuts the walk short. An empty page is a lost anchor (that post was removed meanwhile), so the items before it are
-    tried as anchors. A page with nothing fresh is the end; but if it is empty, or
-    holds its own anchor, Reddit has not shown what is behind.
+    A `whole` walk goes on to the end. `may_ask` is given the number of pages so far,
+    and cuts the walk short. An empty page is a lost anchor (that post was removed
+    meanwhile), so the items before it are tried as anchors. A page with nothing fresh
+    is the end; but if it is empty, or holds its own anchor, Reddit has not shown what
+    is behind.
     """
     found: dict[str, Post] = {}
     page, pages, anchor, newest, cut = first, 1, None, first, False
