@@ -1008,7 +1008,9 @@ def walk_back(
     # During a slow walk through several pages new posts may have pushed the last ones out.
     steady = len(posts) <= PAGE or page.utc - newest.utc <= STEADY
     ended = not cut and (shown or not posts) and steady and len(posts) < FULL
-    return Walk(posts, passed or ended, edge_of(posts), pages, newest.utc)
+    # A walk that began anew ends among posts it knew: then its last page is the edge.
+    edges = [edge for edge in (edge_of(posts), edge_of(page.posts)) if edge is not None]
+    return Walk(posts, passed or ended, min(edges, default=None), pages, newest.utc)
 
 
 def newest_listed(walk: Walk) -> int | None:
