@@ -59,7 +59,8 @@ def kill_often(redpipe, reddit: FakeReddit, path, kills: int, rng: random.Random
 
 def check(redpipe, reddit: FakeReddit, path) -> None:
     """Let a last run end in peace: every listed post is there, once."""
-    assert redpipe("--once", path, "python") == (0, "", "")
+    # Many kills in a row can push posts out of the listing: then it warns of a gap.
+    assert redpipe("--once", path, "python").status == 0
     kept = stored(path)
     assert len(kept) == len(set(kept))
     assert not set(reddit.listing_ids("python")) - set(kept)
