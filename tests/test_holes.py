@@ -331,9 +331,7 @@ class Check:
             times = [page.time for page in self.last_pass(name)]
             slow = max(times) - min(times) > pipeline.STEADY
             short = len(self.world.reddit._windows[name]) <= 700
-            silent = not self.last_pass(name)[
-                -1
-            ].ids  # Reddit showed nothing more, whatever was asked
+            silent = not self.last_pass(name)[-1].ids
             assert slow or silent or not short, f"false gap: {name} is short"
 
     def last_pass(self, name: str) -> list[Served]:
