@@ -327,7 +327,7 @@ class Check:
                 if self.world.reddit.posts[i]["created_utc"] < after
             ]
             assert len(older) < 10, f"false gap: the walk of {name} got behind {after}"
-            # After a slow walk, or when all is removed, nobody can know whether the end was pushed up meanwhile.
+            # After a slow walk, or when all was removed, nobody knows what was pushed out.
             times = [page.time for page in self.last_pass(name)]
             slow = max(times) - min(times) > pipeline.STEADY
             short = len(self.world.reddit._windows[name]) <= 700
