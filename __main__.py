@@ -158,15 +158,6 @@ class Console:
             return 80
 
 
-def open_standard_streams() -> None:
-    """Fill closed descriptors, or the database would get a number that is written to."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
 def parse_arguments(argv: "list[str]") -> "dict[str, Any]":
     """Read the command line; prints help or the version and exits, or raises DocoptExit."""
     from docopt import docopt
@@ -409,7 +400,6 @@ def main(argv: "list[str]") -> int:
     console = Console(sys.stderr)
     try:
         signals.listen()
-        open_standard_streams()
         try:
             arguments = parse_arguments(argv)
         except SystemExit as error:

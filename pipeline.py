@@ -1003,14 +1003,30 @@ def walk_back(
             if page.things:
                 break
         newest = newest if anchor else page  # without one it has begun anew
-    posts = list(found.values())
-    shown = page.things > 0 and anchor not in [fullname(post) for post in page.posts]
-    # During a slow walk through several pages new posts may have pushed the last ones out.
-    steady = len(posts) <= PAGE or page.utc - newest.utc <= STEADY
-    ended = not cut and (shown or not posts) and steady and len(posts) < FULL
     # A walk that began anew ends among posts it knew: then its last page is the edge.
-    edges = [edge for edge in (edge_of(posts), edge_of(page.posts)) if edge is not None]
-    return Walk(posts, passed or ended, min(edges, default=None), pages, newest.utc)
+    read = (edge_of(list(found.values())), edge_of(page.posts))
+    edge = min((at for at in read if at is not None), default=None)
+    shown = page.things > 0 and anchor not in [fullname(post) for post in page.posts]
+    ended = not cut and (shown or not found) and len(found) < FULL
+    if ended and not passed and page.utc - newest.utc > STEADY:
+        ended = is_short(found, ask)
+    return Walk(list(found.values()), passed or ended, edge, pages, newest.utc)
+
+
+def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
+    """Tell whether a listing that ended after a slow walk was short by itself.
+
+    Or new posts may have pushed the last ones out meanwhile. So those are read too,
+    from the newest page to one that is known, and added to what was found.
+    """
+    page = ask(None)
+    while not (known := any(post["id"] in found for post in page.posts)):
+        found.update((post["id"], post) for post in page.posts)
+        if len(found) >= FULL or page.after is None or not page.things:
+            break
+        page = ask(page.after)
+    found |= {post["id"]: post for post in page.posts}
+    return known and len(found) < FULL
 
 
 def newest_listed(walk: Walk) -> int | None:
@@ -1103,7 +1119,7 @@ class Follower:
         now = self.clock.monotonic()
         left = window_left(self.reddit.budget, now)
         pages = self._pages_next()
-        pause = poll_interval(self.rate or 0.0, interval, pages, self.carried, left)
+        pause = poll_interval(self.rate or 0.0, interval, pages, self._carries(), left)
         self.clock.sleep(max(0.0, started + pause - now))
 
     def finish(self) -> None:
@@ -1180,7 +1196,11 @@ class Follower:
     def _is_scarce(self) -> bool:
         now = self.clock.monotonic()
         until_reset = now + window_left(self.reddit.budget, now) - self.begun
-        return is_scarce(self.rate or 0.0, self.carried, until_reset)
+        return is_scarce(self.rate or 0.0, self._carries(), until_reset)
+
+    def _carries(self) -> float:
+        """Give what the budget carried when the last walk began, or what a new one does."""
+        return max(self.carried, self.reddit.carries())
 
     def _pages_next(self) -> int:
         """Give the pages that the next walk should find paid for."""

@@ -660,6 +660,11 @@ class Model:
         self._die("after")
         return answer
 
+    def _lose_anchor(self, after: str) -> None:
+        """Let the `after` post vanish just before it is used, if chance will have it."""
+        if after in self.by_name and self.rng.random() < self.scenario.lost_anchors:
+            self.remove(self.by_name[after], self.clock.now)
+
     def _cut(self, request: pipeline.Request) -> None:
         """Cut the network in the middle of a walk, if chance will have it."""
         in_walk, ends = bool(request.params.get("after")), self.clock.now + 120
@@ -721,6 +726,7 @@ class Model:
         assert parts[3:] == ([] if self.scenario.token else [".json"]), path
         limit = min(PAGE, max(1, int(query.get("limit", "25"))))
         names = frozenset(parts[1].lower().split("+"))
+        self._lose_anchor(query.get("after", ""))
         posts, more = self.page(names, query.get("after", ""), limit)
         children = b", ".join(post.body for post in posts)
         after = json.dumps(more or None).encode()

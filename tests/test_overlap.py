@@ -63,3 +63,24 @@ def test_runs_that_make_the_database_together_agree(redpipe, fake_reddit, tmp_pa
         assert (process.returncode, out, err) == (0, "", "")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM posts").fetchall() == [(50,)]
+
+
+def test_runs_that_find_the_same_gap_name_it_once(redpipe, fake_reddit, tmp_path):
+    path = tmp_path / "posts.db"
+    fake_reddit.budgets["json"] = Budget(total=1_000_000)
+    began = int(time.time()) - 5000
+    for n in range(1300):
+        if n == 20:
+            assert redpipe("--once", path, "python") == (0, "", "")
+        fake_reddit.add(make_post(n, began + n, "python"))
+    runs = [redpipe.start("--once", "--quiet", path, "python") for _ in range(6)]
+    for process in runs:
+        out, err = process.communicate(timeout=100)
+        assert (process.returncode, out, err) == (0, "", "")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        gaps = connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps").fetchall()
+        kept = [row[0] for row in connection.execute("SELECT id FROM posts")]
+    # The cursor less 30 s of lateness; the newest of the last ten of 1000 posts.
+    assert gaps == [("python", began + 19 - 30, began + 300 + 9)]
+    assert not set(fake_reddit.listing_ids("python")) - set(kept)
+    assert len(kept) == len(set(kept)) == 1020

@@ -34,7 +34,7 @@ from simulation import (
 )
 
 SHORT: dict[str, dict[str, Any]] = {
-    "all": {"minutes": 8},
+    "all": {},
     "log-normal": {"minutes": 4},
     "refused": {"minutes": 4},
     "hanging": {"minutes": 4},
@@ -67,7 +67,6 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 TOO_FEW = {
-    "all": "req/min",  # the wide look-back of the first minute weighs five times as much
     "refused": "captured",  # one outage of 45 s in 4 min weighs five times as much
     "hanging": "captured",
     "scarce": "captured",
@@ -175,6 +174,12 @@ def test_an_anchor_that_vanished_gives_an_empty_page() -> None:
     model.remove(model.by_name[f"t3_{first[-1]}"], model.clock.now)
     assert ids(ask(model, after=f"t3_{first[-1]}")) == []
     assert len(ids(ask(model, after=f"t3_{first[-2]}"))) == 100
+
+
+def test_an_anchor_can_vanish_between_two_pages() -> None:
+    model = model_of(STILL._replace(lost_anchors=1.0))
+    last = ids(ask(model))[-1]
+    assert ids(ask(model, after=f"t3_{last}")) == []
 
 
 def test_an_anchor_that_was_never_posted_gives_the_newest_page() -> None:

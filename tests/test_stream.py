@@ -229,6 +229,17 @@ def test_posts_of_another_source_move_no_cursor(world):
     assert world.cursor() == T - 99
 
 
+def test_a_page_that_is_shorter_than_asked_for_is_no_end(world):
+    serve = world.serve
+    world.serve = lambda request: serve(request._replace(params={**request.params, "limit": "40"}))
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(200)
+    world.list_posts("new", 150, 1, 1)
+    world.once()
+    assert len(world.stored()) == 170
+
+
 # Killed
 
 
@@ -251,6 +262,16 @@ def test_after_a_kill_between_walk_and_transaction_the_next_poll_gives_the_same(
     source = pipeline.Reddit(ACCESS, world.fetch, world.clock)
     lost = next(pipeline.stream(source, ["python"], world.database, once=True))
     assert world.once() == [lost]
+
+
+def test_posts_gaps_and_cursors_are_one_transaction(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    cursor = pipeline.Cursor(T, T, T)
+    impossible = pipeline.Gap("python", T, object(), T, T - 50)  # SQLite cannot store it
+    with pytest.raises(pipeline.StorageFailed):
+        world.load([listed("b", 0)], {"python": cursor}, [impossible])
+    assert (world.stored(), world.cursor()) == (["a"], T - 50)
 
 
 # Late posts
@@ -439,6 +460,15 @@ def test_a_gap_is_named_once(world):
     world.once()
     world.once()
     assert len(world.gaps()) == 1
+
+
+def test_a_gap_inside_one_that_has_been_named_is_not_named(world):
+    world.reddit.add(listed("a", -50))
+    world.once()
+    for after, before in ((-80, 10), (-80, 10), (-70, 5), (-80, 11)):
+        gap = pipeline.Gap("python", T + after, T + before, T, T - 50)
+        world.load([], {}, [gap])
+    assert world.gaps() == [("python", T - 80, T + 10), ("python", T - 80, T + 11)]
 
 
 def test_all_that_is_still_listed_is_stored_beside_the_gap(world):
