@@ -966,9 +966,12 @@ def has_passed(posts: Sequence[Post], target: float) -> bool:
 
 
 def earlier_anchors(posts: Sequence[Post]) -> Iterator[str | None]:
-    """Yield anchors before the last post's: 1, 2, 4, 8 … items up, and the very top."""
+    """Yield anchors before the last post's: 1, 2, 4, 8 … items up, then the very top.
+
+    The newest page, too, is asked for three times more before its being empty counts.
+    """
     steps = itertools.takewhile(lambda step: step < len(posts), (2**n for n in itertools.count()))
-    return itertools.chain((fullname(posts[-1 - step]) for step in steps), [None])
+    return itertools.chain((fullname(posts[-1 - step]) for step in steps), 4 * [None])
 
 
 def walk_back(
@@ -1020,7 +1023,8 @@ def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
     from the newest page to one that is known, and added to what was found.
     """
     page = ask(None)
-    while not (known := any(post["id"] in found for post in page.posts)):
+    # Known by its last post: those that Reddit keeps on top show nothing.
+    while not (known := any(post["id"] in found for post in page.posts[-1:])):
         found.update((post["id"], post) for post in page.posts)
         if len(found) >= FULL or page.after is None or not page.things:
             break

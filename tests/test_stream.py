@@ -523,6 +523,29 @@ def test_a_listing_that_has_moved_on_during_a_slow_walk_may_have_been_cut(world)
     assert world.gaps() == [("python", T - 81 - 30, T + 1 + 500 + 9)]
 
 
+def test_a_short_listing_walked_slowly_is_no_gap(world):
+    world.list_posts("old", 3, -100, 1)
+    world.once()
+    world.clock.advance(200)
+    world.list_posts("new", 130, 195, 0)
+    world.before(2, lambda: (world.clock.advance(60), world.list_posts("more", 120, 250, 0)))
+    world.once()
+    assert (world.gaps(), len(world.stored())) == ([], 253)
+
+
+def test_a_post_that_reddit_keeps_on_top_does_not_show_that_nothing_was_pushed_out(world):
+    world.list_posts("old", 300, -100, 0)
+    world.reddit.add(listed("top", 86_400))
+    world.once()
+    world.clock.advance(30)
+    world.list_posts("new", 250, 25, 0)
+    world.before(2, lambda: (world.clock.advance(60), world.list_posts("more", 900, 80, 0)))
+    world.once()
+    lost = 300 + 250 + 900 + 1 - len(world.stored())
+    assert lost >= 0
+    assert bool(world.gaps()) == (lost > 0)
+
+
 def test_the_lateness_seen_makes_a_gap_begin_closer_to_the_cursor(world):
     world.list_posts("p", 20, -100, 1)
     stream = world.follow()
