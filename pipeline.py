@@ -49,7 +49,7 @@ HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # that ends below this many was short by itself, one above may have been cut.
 FULL = 750
 STEADY = 15.0  # seconds in which even all of Reddit lists no HORIZON - FULL posts
-RUNAWAY = 5 * HORIZON  # posts after which even an endless listing ends a walk
+RUNAWAY = 5 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
 CONNECT_TIMEOUT = 5.0  # seconds
 READ_TIMEOUT = 10.0
@@ -965,13 +965,39 @@ def has_passed(posts: Sequence[Post], target: float) -> bool:
     return edge is not None and edge < target
 
 
-def earlier_anchors(posts: Sequence[Post]) -> Iterator[str | None]:
-    """Yield anchors before the last post's: 1, 2, 4, 8 … items up, then the very top.
-
-    The newest page, too, is asked for three times more before its being empty counts.
-    """
+def earlier_anchors(posts: Sequence[Post]) -> Iterator[str]:
+    """Yield anchors before the last post's, ever farther: 1, 2, 4, 8 … items up."""
     steps = itertools.takewhile(lambda step: step < len(posts), (2**n for n in itertools.count()))
-    return itertools.chain((fullname(posts[-1 - step]) for step in steps), 4 * [None])
+    return (fullname(posts[-1 - step]) for step in steps)
+
+
+def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]:
+    """Yield a listing's pages, newest first; only one that shows its end has no `after`.
+
+    An empty page is a lost anchor (that post was removed meanwhile), so the items before
+    it are tried as anchors; if all are lost, the listing is read anew, once, and like any
+    newest page that one is asked for three times more before its being empty counts. An
+    anchor behind which there was nothing, and which is the last of a page with room for
+    more, is the end: a feed has no other. A page that holds its own anchor comes from
+    somebody who does not look at anchors.
+    """
+    page, read, tops = first, list[Post](), 4 * [None]
+    lost: set[str | None] = set()
+    while page.after is not None:
+        yield page
+        read += page.posts
+        for anchor in (page.after, *earlier_anchors(read), *tops):
+            page = ask(anchor)
+            if page.things:
+                break
+            lost.add(anchor)
+        if not page.things or anchor in [fullname(post) for post in page.posts]:
+            return
+        if anchor is None:
+            read, tops = [], []
+        if page.after in lost and len(page.posts) < PAGE:
+            page = page._replace(after=None)
+    yield page
 
 
 def walk_back(
@@ -985,35 +1011,21 @@ def walk_back(
     """Read older pages until one has passed the target, or the listing ends.
 
     A `whole` walk goes on to the end. `may_ask` is given the number of pages so far,
-    and cuts the walk short. An empty page is a lost anchor (that post was removed
-    meanwhile), so the items before it are tried as anchors. A page with nothing fresh
-    is the end; but if it is empty, or holds its own anchor, Reddit has not shown what
-    is behind.
+    and cuts the walk short.
     """
     found: dict[str, Post] = {}
-    page, pages, anchor, newest, cut = first, 1, None, first, False
-    while True:
-        known = len(found)
+    passed = False
+    for pages, page in enumerate(itertools.islice(pages_back(first, ask), RUNAWAY), 1):
         for post in page.posts:
             found.setdefault(post["id"], post)
-        passed = has_passed(page.posts, target)
-        over = page.after is None or len(found) == known or len(found) > RUNAWAY
-        if (passed and not whole) or over or (cut := not may_ask(pages)):
+        passed = passed or has_passed(page.posts, target)
+        if (passed and not whole) or not may_ask(pages):
             break
-        for anchor in (page.after, *earlier_anchors(list(found.values()))):
-            page = ask(anchor)
-            pages += 1
-            if page.things:
-                break
-        newest = newest if anchor else page  # without one it has begun anew
-    # A walk that began anew ends among posts it knew: then its last page is the edge.
-    read = (edge_of(list(found.values())), edge_of(page.posts))
-    edge = min((at for at in read if at is not None), default=None)
-    shown = page.things > 0 and anchor not in [fullname(post) for post in page.posts]
-    ended = not cut and (shown or not found) and len(found) < FULL
-    if ended and not passed and page.utc - newest.utc > STEADY:
+    edge = edge_of(list(found.values()))
+    ended = page.after is None and len(found) < FULL
+    if ended and not passed and page.utc - first.utc > STEADY:
         ended = is_short(found, ask)
-    return Walk(list(found.values()), passed or ended, edge, pages, newest.utc)
+    return Walk(list(found.values()), passed or ended, edge, pages, first.utc)
 
 
 def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
@@ -1022,14 +1034,12 @@ def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
     Or new posts may have pushed the last ones out meanwhile. So those are read too,
     from the newest page to one that is known, and added to what was found.
     """
-    page = ask(None)
-    # Known by its last post: those that Reddit keeps on top show nothing.
-    while not (known := any(post["id"] in found for post in page.posts[-1:])):
+    for page in itertools.islice(pages_back(ask(None), ask), RUNAWAY):
+        # Known by its last post: those that Reddit keeps on top show nothing.
+        known = any(post["id"] in found for post in page.posts[-1:])
         found.update((post["id"], post) for post in page.posts)
-        if len(found) >= FULL or page.after is None or not page.things:
+        if known or len(found) >= FULL:
             break
-        page = ask(page.after)
-    found |= {post["id"]: post for post in page.posts}
     return known and len(found) < FULL
 
 

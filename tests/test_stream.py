@@ -51,6 +51,7 @@ class World:
         self.database = pipeline.Database(path, clock=self.clock)
         self.before_request: dict[int, Any] = {}
         self.requests = 0
+        self.access = ACCESS
 
     def fetch(self, request: pipeline.Request) -> pipeline.Answer:
         """Do what is to happen before this listing request, then answer it."""
@@ -70,7 +71,7 @@ class World:
 
     def follow(self, *names: str, **options: Any) -> Iterator[pipeline.Batch]:
         """Follow names (r/python unless told), and store each batch when it has come."""
-        source = pipeline.Reddit(ACCESS, self.fetch, self.clock)
+        source = pipeline.Reddit(self.access, self.fetch, self.clock)
         options = {"chance": lambda: 0.5, **options}
         for batch in pipeline.stream(source, names or ("python",), self.database, **options):
             self.load(batch.posts, batch.cursors, batch.gaps)
@@ -380,18 +381,61 @@ def test_a_lost_anchor_is_no_end(world, removed):
     assert world.gaps() == []
 
 
-def test_an_anchor_that_reddit_does_not_know_proves_nothing(world):
+def test_an_anchor_that_reddit_does_not_know_is_no_end(world):
     world.list_posts("old", 20, -100, 1)
     world.once()
     world.clock.advance(300)
     world.list_posts("new", 250, 1, 1)
     # Reddit drops an `after` that it does not know, and answers with the newest page again.
-    world.before(2, lambda: world.reddit.posts.pop("new150"))
+    world.before(2, lambda: (world.reddit.remove("new150"), world.reddit.posts.pop("new150")))
     world.once()
-    assert world.gaps() == [("python", T - 81 - 30, T + 151 + 9)]
+    assert len(world.stored()) == 270
+    assert world.gaps() == []
 
 
-def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_second_beginning(world):
+def test_a_page_that_shows_nothing_new_is_no_end_when_it_names_a_next_one(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(400)
+    world.list_posts("new", 350, 1, 1)
+    # All the anchors up to 64 items above new150 are lost: the page behind the one 128 above
+    # it ends before new150.
+    lost = [150 + step for step in (0, 1, 2, 4, 8, 16, 32, 64)]
+    world.before(3, lambda: [world.reddit.remove(f"new{n}") for n in lost])
+    world.once()
+    assert len(world.stored()) == 370
+    assert world.gaps() == []
+
+
+def test_when_all_anchors_are_lost_the_walk_begins_anew(world):
+    world.list_posts("old", 20, -100, 1)
+    world.once()
+    world.clock.advance(400)
+    world.list_posts("new", 350, 1, 1)
+    lost = [150 + step for step in (0, 1, 2, 4, 8, 16, 32, 64, 128)]
+    world.before(3, lambda: [world.reddit.remove(f"new{n}") for n in lost])
+    world.once()
+    assert len(world.stored()) == 370
+    assert world.gaps() == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 99, 100, 101])
+def test_a_feed_ends_where_nothing_comes_behind_an_anchor_that_is_still_listed(world, count):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.list_posts("old", 20, -100, 1, **feed)
+    world.access = pipeline.Access()
+    world.reddit.anonymous_json_blocked = True
+    world.once()
+    for n in range(20):
+        world.reddit.remove(f"old{n}")
+    world.clock.advance(400)
+    world.list_posts("new", count, 1, 1, **feed)
+    world.once()
+    assert len(world.stored()) == 20 + count
+    assert world.gaps() == []
+
+
+def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_only(world):
     world.list_posts("old", 20, -100, 1)
     world.once()
     world.clock.advance(200)
@@ -403,8 +447,10 @@ def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_second_beginning(
 
     world.before(2, be_slow)
     world.once()
-    assert world.cursor() == T + 1499
+    assert world.cursor() == T + 150
+    assert world.gaps() == [("python", T - 81 - 30, T + 500 + 9)]
     world.once()
+    assert world.cursor() == T + 1499
     assert world.gaps() == [("python", T - 81 - 30, T + 500 + 9)]
 
 
