@@ -1080,36 +1080,131 @@ class Memory(Protocol):
     def unstored(self, posts: Sequence[Post]) -> list[Post]: ...
 
 
-class Follower:
-    """Polls some names; remembers what the next poll needs."""
+class Pace:
+    """What the last walks tell of the next one: how fast, how deep, how late."""
 
-    def __init__(
-        self,
-        reddit: Reddit,
-        names: Sequence[str],
-        memory: Memory,
-        *,
-        once: bool = False,
-        chance: Callable[[], float] = random.random,
-    ) -> None:
+    def __init__(self, reddit: Reddit) -> None:
         self.reddit = reddit
-        self.names = list(names)
-        self.memory = memory
-        self.clock = reddit.clock
-        self.once = once
-        self.chance = chance
-        self.due: list[str] = []
         self.rate: float | None = None  # posts a second, by the last newest page of all
         self.pages = 1  # what the last walk to a cursor took
         self.begun = 0.0  # when the last walk did
         self.carried = 0.0  # requests a second that the budget carried then
         self.lateness: deque[float] = deque(maxlen=10_000)
+
+    def now(self) -> float:
+        return self.reddit.clock.monotonic()
+
+    def carries(self) -> float:
+        """Give what the budget carried when the last walk began, or what a new one does."""
+        return max(self.carried, self.reddit.carries())
+
+    def is_scarce(self) -> bool:
+        now = self.now()
+        until_reset = now + window_left(self.reddit.budget, now) - self.begun
+        return is_scarce(self.rate or 0.0, self.carries(), until_reset)
+
+    def pages_next(self) -> int:
+        """Give the pages that the next walk should find paid for."""
+        return min(self.pages, max(1, self.reddit.at_once())) if self.is_scarce() else self.pages
+
+    def pause(self, started: float, interval: float) -> float:
+        """Give the seconds until the poll after the one that started then."""
+        now = self.now()
+        left = window_left(self.reddit.budget, now)
+        pages, carried = self.pages_next(), self.carries()
+        wait = poll_interval(self.rate or 0.0, interval, pages, carried, left)
+        return max(0.0, started + wait - now)
+
+
+class Asker:
+    """Asks for pages until they come: waits for the budget, and after failures."""
+
+    def __init__(
+        self, reddit: Reddit, pace: Pace, *, once: bool, chance: Callable[[], float]
+    ) -> None:
+        self.reddit = reddit
+        self.pace = pace
+        self.once = once
+        self.chance = chance
+        self.clock = reddit.clock
         self.answered: set[str] = set()  # names that have had a good answer
-        self.lost: list[str] = []  # what is wrong with names that never had one
-        self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
-        self.failures = 0
+        self.failures = 0  # in a row
         self.gives_up = self.clock.monotonic() + PATIENCE
         self.waited = 0.0  # seconds, for the budget
+
+    def newest_page(self, names: Sequence[str], *, expected: bool) -> Page:
+        """Ask for the newest page; one that is unexpectedly empty, three times more."""
+        page = self.page(names)
+        for _ in range(3 if expected else 0):
+            if page.things:
+                break
+            self.clock.sleep(1.0)
+            page = self.page(names)
+        return page
+
+    def page(self, names: Sequence[str], after: str | None = None) -> Page:
+        """Ask for a page until it comes; Gone is for the caller to handle."""
+        while True:
+            self.await_budget(1)
+            try:
+                page = self.reddit.page(names, after)
+            except AskAgain as exc:
+                log.debug("%s", exc)
+            except (Failed, Refused) as exc:
+                if isinstance(exc, Refused) and not self.answered:
+                    raise
+                self._failed(exc)
+            else:
+                self._well(names)
+                return page
+
+    def await_budget(self, pages: int) -> None:
+        """Wait until so many pages may follow at once."""
+        while (seconds := self.reddit.wait_for(pages)) > 0:
+            if self.once and self.waited + seconds > BUDGET_PATIENCE:
+                raise Failed(f"Reddit's budget is used up for {seconds:.0f} s more")
+            level = logging.INFO if seconds >= 60 else logging.DEBUG
+            log.log(level, "waiting %.0f s for the budget", seconds)
+            self.waited += seconds
+            self.gives_up += seconds
+            self.clock.sleep(seconds)
+
+    def tell(self, message: str) -> None:
+        """Warn of what changed; a single run ends with one line that says it all."""
+        log.log(logging.INFO if self.once else logging.WARNING, "%s", message)
+
+    def _failed(self, exc: RedpipeError) -> None:
+        """Wait after a failure; with --once, raise it when the patience is over."""
+        left = self.gives_up - self.clock.monotonic() if self.once else math.inf
+        if left <= 0:
+            raise Failed(str(exc)) from exc
+        self.failures += 1
+        if self.failures == 1:
+            self.tell(f"{exc}; trying again")
+        else:
+            log.debug("%s (failure %d)", exc, self.failures)
+        self.clock.sleep(min(left, backoff(self.failures, self.pace.rate, self.chance())))
+
+    def _well(self, names: Sequence[str]) -> None:
+        if self.failures:
+            self.tell("Reddit answers again")
+        self.failures = 0
+        self.gives_up = self.clock.monotonic() + PATIENCE
+        self.answered.update(names)
+
+
+class Follower:
+    """Polls some names, each back to its cursor, and names the gaps."""
+
+    def __init__(self, asker: Asker, names: Sequence[str], memory: Memory) -> None:
+        self.asker = asker
+        self.names = list(names)
+        self.memory = memory
+        self.pace = asker.pace
+        self.clock = asker.clock
+        self.due: list[str] = []
+        self.lost: list[str] = []  # what is wrong with names that never had a good answer
+        self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
         self.gaps = 0  # not told yet
         self.gaps_told = -math.inf
 
@@ -1128,14 +1223,6 @@ class Follower:
             yield from self._walk_together(together, cursors)
         self._tell_gaps()
 
-    def rest(self, started: float, interval: float) -> None:
-        """Sleep until the next poll is due."""
-        now = self.clock.monotonic()
-        left = window_left(self.reddit.budget, now)
-        pages = self._pages_next()
-        pause = poll_interval(self.rate or 0.0, interval, pages, self._carries(), left)
-        self.clock.sleep(max(0.0, started + pause - now))
-
     def finish(self) -> None:
         """Raise Gone if some of the names could not be read."""
         if self.lost:
@@ -1147,7 +1234,7 @@ class Follower:
         with suppress(Gone):  # one of them: which, shows when each is walked alone
             walk = self._walk(names, [cursors[name] for name in names])
             cursors |= self.memory.cursors(names)  # another process may have moved them
-            late = lateness_seen(self.lateness)
+            late = lateness_seen(self.pace.lateness)
             unreached = [n for n in names if gap_before(walk, n, cursors[n], late, 0)]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in unreached})
         for name in unreached:
@@ -1160,9 +1247,9 @@ class Follower:
             self._set_aside(name, f"r/{name} {exc}")
             return
         if self.gone.pop(name, None):
-            self._tell(f"r/{name} can be read again")
+            self.asker.tell(f"r/{name} can be read again")
         cursor = self.memory.cursors([name]).get(name)  # another process may have moved it
-        late = lateness_seen(self.lateness)
+        late = lateness_seen(self.pace.lateness)
         gaps = gap_before(walk, name, cursor, late, int(self.clock.time()))
         yield self._batch(walk, {name: cursor}, gaps)
         self.gaps += len(gaps)
@@ -1174,130 +1261,56 @@ class Follower:
         posts = oldest_first(self.memory.unstored(walk.posts))
         known = [cursor.newest_utc for cursor in cursors.values() if cursor]
         if known:
-            self.lateness.extend(lateness_of(posts, min(known)))
+            self.pace.lateness.extend(lateness_of(posts, min(known)))
         moved = {name: next_cursor(cursor, walk, polled) for name, cursor in cursors.items()}
         return Batch(posts, moved, gaps)
 
     def _walk(self, names: list[str], cursors: list[Cursor]) -> Walk:
         """Walk back to the oldest of the cursors; without one, as deep as is free."""
-        self._await_budget(self._pages_next())
-        scarce = self._is_scarce()
-        self.begun = self.clock.monotonic()
-        first = self._newest_page(names, expected=bool(cursors))
-        self.carried = self.reddit.carries()
-        rate = max(listing_rate(first.posts), self.rate or 0.0)
+        asker, pace = self.asker, self.pace
+        asker.await_budget(pace.pages_next())
+        scarce = pace.is_scarce()
+        pace.begun = pace.now()
+        first = asker.newest_page(names, expected=bool(cursors))
+        pace.carried = asker.reddit.carries()
+        rate = max(listing_rate(first.posts), pace.rate or 0.0)
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
-        target = oldest - look_back(self.lateness, rate, self.carried)
+        target = oldest - look_back(pace.lateness, rate, pace.carried)
         whole = not scarce and self._whole_walk_due(cursors, rate)
 
         def may_ask(pages: int) -> bool:
             deep_enough = scarce and pages >= DEEPEST
-            return bool(cursors and not scarce) or (self.reddit.at_once() > 0 and not deep_enough)
+            return bool(cursors and not scarce) or (asker.reddit.at_once() > 0 and not deep_enough)
 
-        walk = walk_back(first, lambda at: self._ask(names, at), target, may_ask, whole=whole)
+        walk = walk_back(first, lambda at: asker.page(names, at), target, may_ask, whole=whole)
         if len(names) == len(self.due):
-            self.rate = listing_rate(walk.posts)
+            pace.rate = listing_rate(walk.posts)
         if cursors and not whole:
-            self.pages = walk.pages
+            pace.pages = walk.pages
         return walk
 
     def _whole_walk_due(self, cursors: list[Cursor], rate: float) -> bool:
-        if not cursors or self.reddit.at_once() < HORIZON / PAGE:
+        if not cursors or self.asker.reddit.at_once() < HORIZON / PAGE:
             return False
         polled = min(cursor.polled_utc for cursor in cursors)
-        return full_walk_due(polled, self.clock.time(), rate, self.carried)
-
-    def _is_scarce(self) -> bool:
-        now = self.clock.monotonic()
-        until_reset = now + window_left(self.reddit.budget, now) - self.begun
-        return is_scarce(self.rate or 0.0, self._carries(), until_reset)
-
-    def _carries(self) -> float:
-        """Give what the budget carried when the last walk began, or what a new one does."""
-        return max(self.carried, self.reddit.carries())
-
-    def _pages_next(self) -> int:
-        """Give the pages that the next walk should find paid for."""
-        return min(self.pages, max(1, self.reddit.at_once())) if self._is_scarce() else self.pages
-
-    def _newest_page(self, names: list[str], *, expected: bool) -> Page:
-        """Ask for the newest page; one that is unexpectedly empty, three times more."""
-        page = self._ask(names)
-        for _ in range(3 if expected else 0):
-            if page.things:
-                break
-            self.clock.sleep(1.0)
-            page = self._ask(names)
-        return page
-
-    def _ask(self, names: list[str], after: str | None = None) -> Page:
-        """Ask for a page until it comes; Gone is for the caller to handle."""
-        while True:
-            self._await_budget(1)
-            try:
-                page = self.reddit.page(names, after)
-            except AskAgain as exc:
-                log.debug("%s", exc)
-            except (Failed, Refused) as exc:
-                if isinstance(exc, Refused) and not self.answered:
-                    raise
-                self._failed(exc)
-            else:
-                self._well(names)
-                return page
-
-    def _await_budget(self, pages: int) -> None:
-        while (seconds := self.reddit.wait_for(pages)) > 0:
-            if self.once and self.waited + seconds > BUDGET_PATIENCE:
-                raise Failed(f"Reddit's budget is used up for {seconds:.0f} s more")
-            log.log(
-                logging.INFO if seconds >= 60 else logging.DEBUG,
-                "waiting %.0f s for the budget",
-                seconds,
-            )
-            self.waited += seconds
-            self.gives_up += seconds
-            self.clock.sleep(seconds)
-
-    def _failed(self, exc: RedpipeError) -> None:
-        """Wait after a failure; with --once, raise it when the patience is over."""
-        left = self.gives_up - self.clock.monotonic() if self.once else math.inf
-        if left <= 0:
-            raise Failed(str(exc)) from exc
-        self.failures += 1
-        if self.failures == 1:
-            self._tell(f"{exc}; trying again")
-        else:
-            log.debug("%s (failure %d)", exc, self.failures)
-        self.clock.sleep(min(left, backoff(self.failures, self.rate, self.chance())))
-
-    def _well(self, names: list[str]) -> None:
-        if self.failures:
-            self._tell("Reddit answers again")
-        self.failures = 0
-        self.gives_up = self.clock.monotonic() + PATIENCE
-        self.answered.update(names)
+        return full_walk_due(polled, self.clock.time(), rate, self.pace.carried)
 
     def _set_aside(self, name: str, what: str) -> None:
         """Drop a name that never could be read; ask again later for one that could."""
-        if name not in self.answered:
+        if name not in self.asker.answered:
             self.names.remove(name)
             self.lost.append(what)
             if not self.names:
                 self.finish()
-            self._tell(f"{what}; the others go on")
+            self.asker.tell(f"{what}; the others go on")
             return
         tries = self.gone.get(name, (0, 0.0))[0] + 1
         if tries == 1:
-            self._tell(f"{what}; asking again from time to time")
-            if self.once:
+            self.asker.tell(f"{what}; asking again from time to time")
+            if self.asker.once:
                 self.lost.append(what)
-        wait = backoff(tries, 0.0, self.chance())
+        wait = backoff(tries, 0.0, self.asker.chance())
         self.gone[name] = (tries, self.clock.monotonic() + wait)
-
-    def _tell(self, message: str) -> None:
-        """Warn of what changed; a single run ends with one line that says it all."""
-        log.log(logging.INFO if self.once else logging.WARNING, "%s", message)
 
     def _tell_gaps(self) -> None:
         """Warn of gaps at the first, and then at most once an hour."""
@@ -1338,13 +1351,15 @@ def stream(
     read, and Failed after PATIENCE seconds without one good answer. Otherwise it never
     ends, and raises only what its first answers say (Gone, Refused, BadUsage).
     """
-    follower = Follower(reddit, names, memory, once=once, chance=chance)
+    pace = Pace(reddit)
+    asker = Asker(reddit, pace, once=once, chance=chance)
+    follower = Follower(asker, names, memory)
     while True:
-        started = reddit.clock.monotonic()
+        started = pace.now()
         yield from follower.poll()
         if once:
             return follower.finish()
-        follower.rest(started, interval)
+        reddit.clock.sleep(pace.pause(started, interval))
 
 
 # --- Files --------------------------------------------------------------------
