@@ -175,12 +175,12 @@ class Walk(NamedTuple):
     """What one walk back read: posts as listed, and how it ended.
 
     `complete`: it passed its target, or the listing held nothing more.
-    `edge`: the listing was read back to this created_utc (None: no post).
+    `edge`: what was listed at `utc` was read back to this created_utc (inf: no post).
     """
 
     posts: list[Post]
     complete: bool
-    edge: int | None
+    edge: float
     pages: int
     utc: float
 
@@ -952,17 +952,12 @@ class Reddit:
 # --- Walking back -------------------------------------------------------------
 
 
-def edge_of(posts: Sequence[Post]) -> int | None:
-    """Give the newest created_utc of the last ten posts: so far back was read.
+def edge_of(posts: Sequence[Post]) -> float:
+    """Give the newest created_utc of a page's last ten posts: so far back was read.
 
     Listings are nearly, not strictly, ordered: one old post proves nothing.
     """
-    return max(times_of(posts[-10:]), default=None)
-
-
-def has_passed(posts: Sequence[Post], target: float) -> bool:
-    edge = edge_of(posts)
-    return edge is not None and edge < target
+    return max(times_of(posts[-10:]), default=math.inf)
 
 
 def earlier_anchors(posts: Sequence[Post]) -> Iterator[str]:
@@ -1014,18 +1009,17 @@ def walk_back(
     and cuts the walk short.
     """
     found: dict[str, Post] = {}
-    passed = False
+    edge = math.inf
     for pages, page in enumerate(itertools.islice(pages_back(first, ask), RUNAWAY), 1):
         for post in page.posts:
             found.setdefault(post["id"], post)
-        passed = passed or has_passed(page.posts, target)
-        if (passed and not whole) or not may_ask(pages):
+        edge = min(edge, edge_of(page.posts))
+        if (edge < target and not whole) or not may_ask(pages):
             break
-    edge = edge_of(list(found.values()))
-    ended = page.after is None and len(found) < FULL
-    if ended and not passed and page.utc - first.utc > STEADY:
-        ended = is_short(found, ask)
-    return Walk(list(found.values()), passed or ended, edge, pages, first.utc)
+    complete = edge < target or (page.after is None and len(found) < FULL)
+    if complete and edge >= target and page.utc - first.utc > STEADY:
+        complete = may_ask(pages) and is_short(found, ask)
+    return Walk(list(found.values()), complete, edge, pages, first.utc)
 
 
 def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
@@ -1055,18 +1049,16 @@ def next_cursor(cursor: Cursor | None, walk: Walk, polled_utc: int) -> Cursor:
         newest = max(cursor.newest_utc, newest or 0)
         return Cursor(cursor.since_utc, newest, polled_utc)
     newest = int(walk.utc) if newest is None else newest
-    oldest = walk.edge
-    if walk.complete:
-        oldest = min(times_of(walk.posts), default=None)
-    return Cursor(min(newest, oldest or newest), newest, polled_utc)
+    oldest = min(times_of(walk.posts), default=newest) if walk.complete else walk.edge
+    return Cursor(int(min(newest, oldest)), newest, polled_utc)
 
 
 def gap_before(walk: Walk, name: str, cursor: Cursor | None, late: int, utc: int) -> list[Gap]:
     """Name what a walk did not reach: all since the cursor less the lateness seen."""
     after = cursor.newest_utc - late if cursor else math.inf
-    if walk.complete or cursor is None or walk.edge is None or walk.edge <= after:
+    if walk.complete or cursor is None or not after < walk.edge < math.inf:
         return []
-    return [Gap(name, cursor.newest_utc - late, walk.edge, utc, cursor.newest_utc)]
+    return [Gap(name, cursor.newest_utc - late, int(walk.edge), utc, cursor.newest_utc)]
 
 
 def oldest_first(posts: Iterable[Post]) -> list[Post]:

@@ -448,10 +448,11 @@ def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_o
     world.before(2, be_slow)
     world.once()
     assert world.cursor() == T + 150
-    assert world.gaps() == [("python", T - 81 - 30, T + 500 + 9)]
+    first = ("python", T - 81 - 30, T + 51 + 9)  # below the only page of the first beginning
+    assert world.gaps() == [first]
     world.once()
     assert world.cursor() == T + 1499
-    assert world.gaps() == [("python", T - 81 - 30, T + 500 + 9)]
+    assert world.gaps() == [first, ("python", T + 150 - 30, T + 500 + 9)]
 
 
 def test_a_page_that_comes_again_and_again_ends_the_walk(world):
@@ -799,6 +800,22 @@ def test_a_slow_poll_repeats_no_gap_of_the_poll_that_overtook_it(world):
     with other.database:
         world.once()
     assert world.gaps() == [("python", T - 81 - 30, T + 501 + 9)]
+
+
+def test_a_walk_that_began_anew_names_no_gap_that_its_first_pages_had_passed(world):
+    world.list_posts("p", 1000, -200, 0.2)
+    other = World(world.path)
+    other.reddit, other.serve = world.reddit, world.serve
+
+    def overtake() -> None:
+        with other.database:
+            other.once()
+        world.clock.advance(170)
+        world.list_posts("more", 800, 1, 0.2)
+
+    world.before(6, overtake)
+    world.once()
+    assert world.gaps() == []
 
 
 # Odd listings and times
