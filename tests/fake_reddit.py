@@ -782,9 +782,12 @@ class FakeReddit:
         return anchor is not None and anchor[:3] == "t3_" and anchor[3:] in self.posts
 
     def _recorded_page(self, query: dict[str, str]) -> bytes:
-        """Take the next recorded listing for a newest page, and nothing below it."""
+        """Take the next recorded listing for a newest page; below it is only the rest of it."""
         if query.get("after"):
-            return listing([])
+            children = json.loads(self._page)["data"]["children"]
+            names = [str(child["data"].get("name")) for child in children]
+            behind = names.index(query["after"]) + 1 if query["after"] in names else len(names)
+            return listing([json.dumps(child) for child in children[behind:]])
         if self.recorded:
             self._page = self.recorded.popleft()
         return self._page
