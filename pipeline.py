@@ -1037,18 +1037,21 @@ def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
     return known and len(found) < FULL
 
 
-def newest_listed(walk: Walk) -> int | None:
-    """Give the newest created_utc that is not in the future."""
-    return max((at for at in times_of(walk.posts) if at <= walk.utc), default=None)
+def newest_listed(walk: Walk) -> int:
+    """Give the newest created_utc that is not in the future; 0 for none."""
+    return max((at for at in times_of(walk.posts) if at <= walk.utc), default=0)
 
 
-def next_cursor(cursor: Cursor | None, walk: Walk, polled_utc: int) -> Cursor:
-    """Give a name's cursor after a walk that reached it, or found it new."""
-    newest = newest_listed(walk)
+def next_cursor(cursor: Cursor | None, walk: Walk, polled_utc: int, joint_utc: int = 0) -> Cursor:
+    """Give a name's cursor after a walk that reached it, or found it new.
+
+    `joint_utc`: the newest created_utc of a joint listing that was read just before. How
+    far a listing has come shows in all its names: a quiet one's cursor moves with them.
+    """
+    newest = max(newest_listed(walk), joint_utc)
     if cursor:
-        newest = max(cursor.newest_utc, newest or 0)
-        return Cursor(cursor.since_utc, newest, polled_utc)
-    newest = int(walk.utc) if newest is None else newest
+        return Cursor(cursor.since_utc, max(cursor.newest_utc, newest), polled_utc)
+    newest = newest or int(walk.utc)
     oldest = min(times_of(walk.posts), default=newest) if walk.complete else walk.edge
     return Cursor(int(min(newest, oldest)), newest, polled_utc)
 
@@ -1208,9 +1211,9 @@ class Follower:
         together = [name for name in self.due if name in cursors and name not in self.gone]
         if len(together) == 1:
             together = []
-        for name in self.due:
-            if name not in together:
-                yield from self._walk_alone(name, cursors.get(name))
+        alone = [name for name in self.due if name not in together]
+        for done, name in enumerate(alone):
+            yield from self._walk_alone(name, cursors.get(name), sharers=len(alone) - done)
         if together:
             yield from self._walk_together(together, cursors)
         self._tell_gaps()
@@ -1222,19 +1225,22 @@ class Follower:
 
     def _walk_together(self, names: list[str], cursors: dict[str, Cursor]) -> Iterator[Batch]:
         """Walk names as one listing, and those alone that it did not reach."""
-        unreached = names
+        unreached, newest_utc = names, 0
         with suppress(Gone):  # one of them: which, shows when each is walked alone
             walk = self._walk(names, [cursors[name] for name in names])
+            newest_utc = newest_listed(walk)
             cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.pace.lateness)
             unreached = [n for n in names if gap_before(walk, n, cursors[n], late, 0)]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in unreached})
         for name in unreached:
-            yield from self._walk_alone(name, cursors[name])
+            yield from self._walk_alone(name, cursors[name], newest_utc)
 
-    def _walk_alone(self, name: str, cursor: Cursor | None) -> Iterator[Batch]:
+    def _walk_alone(
+        self, name: str, cursor: Cursor | None, joint_utc: int = 0, sharers: int = 1
+    ) -> Iterator[Batch]:
         try:
-            walk = self._walk([name], [cursor] if cursor else [])
+            walk = self._walk([name], [cursor] if cursor else [], sharers)
         except Gone as exc:
             self._set_aside(name, f"r/{name} {exc}")
             return
@@ -1243,36 +1249,47 @@ class Follower:
         cursor = self.memory.cursors([name]).get(name)  # another process may have moved it
         late = lateness_seen(self.pace.lateness)
         gaps = gap_before(walk, name, cursor, late, int(self.clock.time()))
-        yield self._batch(walk, {name: cursor}, gaps)
+        yield self._batch(walk, {name: cursor}, gaps, joint_utc)
         self.gaps += len(gaps)
 
     def _batch(
-        self, walk: Walk, cursors: Mapping[str, Cursor | None], gaps: Sequence[Gap] = ()
+        self,
+        walk: Walk,
+        cursors: Mapping[str, Cursor | None],
+        gaps: Sequence[Gap] = (),
+        joint_utc: int = 0,
     ) -> Batch:
         polled = int(self.clock.time())
         posts = oldest_first(self.memory.unstored(walk.posts))
         known = [cursor.newest_utc for cursor in cursors.values() if cursor]
         if known:
             self.pace.lateness.extend(lateness_of(posts, min(known)))
-        moved = {name: next_cursor(cursor, walk, polled) for name, cursor in cursors.items()}
+        moved = {
+            name: next_cursor(cursor, walk, polled, joint_utc) for name, cursor in cursors.items()
+        }
         return Batch(posts, moved, gaps)
 
-    def _walk(self, names: list[str], cursors: list[Cursor]) -> Walk:
-        """Walk back to the oldest of the cursors; without one, as deep as is free."""
+    def _walk(self, names: list[str], cursors: list[Cursor], sharers: int = 1) -> Walk:
+        """Walk back to the oldest of the cursors.
+
+        Without one, as deep as what is free, and shared by so many names, allows.
+        """
         asker, pace = self.asker, self.pace
         asker.await_budget(pace.pages_next())
         scarce = pace.is_scarce()
         pace.begun = pace.now()
         first = asker.newest_page(names, expected=bool(cursors))
         pace.carried = asker.reddit.carries()
+        deepest = (1 + asker.reddit.at_once()) // sharers
         rate = max(listing_rate(first.posts), pace.rate or 0.0)
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
         target = oldest - look_back(pace.lateness, rate, pace.carried)
         whole = not scarce and self._whole_walk_due(cursors, rate)
 
         def may_ask(pages: int) -> bool:
-            deep_enough = scarce and pages >= DEEPEST
-            return bool(cursors and not scarce) or (asker.reddit.at_once() > 0 and not deep_enough)
+            if cursors and not scarce:
+                return True
+            return pages < (DEEPEST if cursors else deepest) and asker.reddit.at_once() > 0
 
         walk = walk_back(first, lambda at: asker.page(names, at), target, may_ask, whole=whole)
         if len(names) == len(self.due):

@@ -677,7 +677,19 @@ def test_a_busy_name_that_hides_a_quiet_one_makes_no_gap_for_it(world):
     assert walks == ["python+rust", "python", "rust"]
     assert world.gaps() == [("python", T - 49 - 30, T + 400 + 9)]
     assert [i for i in world.stored() if i[:5] == "quiet"] == ["quiet0", "quiet1", "quiet2"]
-    assert world.cursor("rust") == T + 102
+    # How far Reddit's listing has come shows in both.
+    assert world.cursor("rust") == T + 200 + 1199
+
+
+def test_a_quiet_name_that_was_walked_alone_is_not_far_behind_the_next_time(world):
+    world.list_posts("busy", 1200, -1300, 1)
+    world.list_posts("quiet", 1, -86_400, 1, subreddit="rust")
+    stream = world.follow("python", "rust")
+    for _ in range(4):  # each alone, both together, r/rust alone
+        next(stream)
+    asked = len(world.asked())
+    next(stream)
+    assert world.asked(asked) == ["python+rust"]
 
 
 # A new name
@@ -709,6 +721,15 @@ def test_a_new_name_is_walked_as_deep_as_the_budget_allows_without_waiting(world
     assert len(world.asked()) == 3
     assert world.clock.time() == T
     assert batch.cursors == {"python": pipeline.Cursor(T - 300 + 9, T - 1, T)}
+
+
+def test_new_names_share_what_the_budget_allows_without_waiting(world):
+    world.reddit.budgets["oauth"] = Budget(6)
+    world.list_posts("p", 1200, -1200, 1)
+    world.list_posts("r", 1200, -1200, 1, subreddit="rust")
+    stream = world.follow("python", "rust")
+    assert [len(next(stream).posts) for _ in range(2)] == [300, 300]
+    assert world.clock.time() == T
 
 
 def test_a_new_name_gets_one_page_at_least(world):
