@@ -48,7 +48,7 @@ HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # Removed items leave a listing, 900-odd is common (BDFR issues 57 and 195): one
 # that ends below this many was short by itself, one above may have been cut.
 FULL = 750
-STEADY = 15.0  # seconds in which even all of Reddit lists no HORIZON - FULL posts
+STEADY = 5.0  # seconds in which even all of Reddit lists under 100 posts
 RUNAWAY = 5 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -460,7 +460,8 @@ def read_feed(body: bytes, utc: float) -> Page | None:
         return None
     entries = [feed_post(entry) for entry in root.findall("entry", _ATOM)]
     posts = listed_posts({"kind": post["name"][:2], "data": post} for post in entries)
-    return Page(posts, entries[-1]["name"] if entries else None, len(entries), utc)
+    names = [post["name"] for post in entries if post["name"]]
+    return Page(posts, names[-1] if names else None, len(entries), utc)
 
 
 def feed_post(entry: Any) -> Post:
@@ -961,36 +962,35 @@ def edge_of(posts: Sequence[Post]) -> float:
 
 
 def earlier_anchors(posts: Sequence[Post]) -> Iterator[str]:
-    """Yield anchors before the last post's, ever farther: 1, 2, 4, 8 … items up."""
-    steps = itertools.takewhile(lambda step: step < len(posts), (2**n for n in itertools.count()))
+    """Yield anchors before the last post's, ever farther: 1, 8, 64, 512 … items up."""
+    steps = itertools.takewhile(lambda step: step < len(posts), (8**n for n in itertools.count()))
     return (fullname(posts[-1 - step]) for step in steps)
 
 
 def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]:
     """Yield a listing's pages, newest first; only one that shows its end has no `after`.
 
-    An empty page is a lost anchor (that post was removed meanwhile), so the items before
-    it are tried as anchors; if all are lost, the listing is read anew, once, and like any
-    newest page that one is asked for three times more before its being empty counts. An
-    anchor behind which there was nothing, and which is the last of a page with room for
-    more, is the end: a feed has no other. A page that holds its own anchor comes from
-    somebody who does not look at anchors.
+    An empty page is a lost anchor (that post was removed meanwhile, or new ones pushed it
+    out), so the items before it are tried as anchors; if all are lost, the listing is read
+    anew, once. A feed names no end. It is there when the first of those that works shows
+    nothing new, on a page with room for much more (removed items take room on a page too).
+    A page that holds its own anchor comes from somebody who does not look at anchors.
     """
-    page, read, tops = first, list[Post](), 4 * [None]
-    lost: set[str | None] = set()
+    page, read, tops = first, list[Post](), [None]
     while page.after is not None:
         yield page
         read += page.posts
-        for anchor in (page.after, *earlier_anchors(read), *tops):
+        after, known = page.after, {post["id"] for post in read}
+        for anchor in (after, *earlier_anchors(read), *tops):
             page = ask(anchor)
             if page.things:
                 break
-            lost.add(anchor)
         if not page.things or anchor in [fullname(post) for post in page.posts]:
             return
         if anchor is None:
             read, tops = [], []
-        if page.after in lost and len(page.posts) < PAGE:
+        shows_nothing_new = known.issuperset(post["id"] for post in page.posts)
+        if anchor != after and shows_nothing_new and len(page.posts) < 3 * PAGE // 4:
             page = page._replace(after=None)
     yield page
 
@@ -1291,7 +1291,10 @@ class Follower:
                 return True
             return pages < (DEEPEST if cursors else deepest) and asker.reddit.at_once() > 0
 
-        walk = walk_back(first, lambda at: asker.page(names, at), target, may_ask, whole=whole)
+        def ask(after: str | None) -> Page:
+            return asker.page(names, after) if after else asker.newest_page(names, expected=True)
+
+        walk = walk_back(first, ask, target, may_ask, whole=whole)
         if len(names) == len(self.due):
             pace.rate = listing_rate(walk.posts)
         if cursors and not whole:

@@ -39,6 +39,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,8 @@ class Scenario(NamedTuple):
     window: float = 600.0
     headers: bool = True
     token: bool = True
+    feed: bool = False  # anonymous JSON is blocked, the feed is not
+    latency: float = LATENCY
     other: float = 0.0  # share of the budget that another client takes
     late: float = 0.0173
     on_top: bool = False  # a late post stands where it appears, above newer ones
@@ -170,6 +173,9 @@ ALWAYS = (
 
 EVERYTHING = {"all_of_reddit": 17.0}
 ONE_A_SECOND = {"busy": 1.0}
+STILL = {f"still{number}": 1 / 864_000 for number in range(10)}
+
+ANONYMOUS: dict[str, Any] = {"token": False, "headers": False, "budget": 10, "window": 60.0}
 
 SCENARIOS = {
     "all": Scenario(
@@ -344,6 +350,34 @@ SCENARIOS = {
         down=(60.0, 900.0),
         bars=(Bar("inside", ">=", 99),),
     ),
+    "beside": Scenario(
+        "1 in a minute beside 1 in 10 days",
+        {"busy": 1 / 60, "still": 1 / 864_000},
+        180,
+        follow=("busy", "still"),
+        bars=(Bar("captured", ">=", 99.995), Bar("req/min", "<=", 3)),
+    ),
+    "beside-ten": Scenario(
+        "the feed: 3/s beside ten of 1 in 10 days",
+        {"busy": 3.0} | STILL,
+        60,
+        follow=("busy", *STILL),
+        feed=True,
+        **ANONYMOUS,
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "slow": Scenario(
+        "17/s, 3 min down, 1.5 s a request, a tenth removed",
+        EVERYTHING,
+        20,
+        latency=1.5,
+        vanish_after=1.0,
+        thinned=True,
+        kills=1,
+        life=(30, 80),
+        down=(180, 180),
+        bars=(Bar("inside", ">=", 99),),
+    ),
     "bursts": Scenario(
         "1/s, ten times that for 3 min",
         ONE_A_SECOND,
@@ -365,11 +399,39 @@ SCENARIOS = {
         ONE_A_SECOND,
         60,
         follow=("busy",),
-        budget=10,
-        window=60.0,
-        headers=False,
-        token=False,
+        **ANONYMOUS,
         bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "feed": Scenario(
+        "the feed: 3/s, a tenth of the anchors vanish",
+        {"busy": 3.0},
+        60,
+        follow=("busy",),
+        **ANONYMOUS,
+        feed=True,
+        lost_anchors=0.1,
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "feed-kills": Scenario(
+        "the feed: 1/s, 8 kills, 1 to 20 min down",
+        ONE_A_SECOND,
+        180,
+        follow=("busy",),
+        **ANONYMOUS,
+        feed=True,
+        kills=8,
+        bars=(Bar("inside", ">=", 99),),
+    ),
+    "feed-young": Scenario(
+        "the feed: a young subreddit, 8 kills",
+        {"young": 1 / 20},
+        180,
+        follow=("young",),
+        **ANONYMOUS,
+        feed=True,
+        kills=8,
+        history=30,
+        bars=(Bar("captured", ">=", 99.995), Bar("idle", "<=", 0)),
     ),
     "headless": Scenario(
         "1/s, token, no headers, 10 requests a minute",
@@ -414,7 +476,6 @@ class Post(NamedTuple):
     listed: float
     vanishes: float
     subreddit: str
-    body: bytes
 
     @property
     def is_late(self) -> bool:
@@ -430,19 +491,39 @@ def base36(number: int) -> str:
     return digits or "0"
 
 
-def body_of(post_id: str, subreddit: str, created: float) -> bytes:
-    """Encode a post as a listing holds it."""
-    data = {
-        "id": post_id,
-        "name": f"t3_{post_id}",
-        "title": f"Title of {post_id}",
-        "subreddit": subreddit,
-        "author": "somebody",
-        "author_fullname": "t2_abc",
-        "created_utc": float(int(created)),
-        "permalink": f"/r/{subreddit}/comments/{post_id}/title/",
-    }
-    return json.dumps({"kind": "t3", "data": data}).encode()
+def json_listing(posts: Sequence[Post], more: str) -> bytes:
+    """Encode a page as a listing."""
+    children = [
+        {
+            "kind": "t3",
+            "data": {
+                "id": post.id,
+                "name": f"t3_{post.id}",
+                "title": f"Title of {post.id}",
+                "subreddit": post.subreddit,
+                "author": "somebody",
+                "author_fullname": "t2_abc",
+                "created_utc": float(int(post.created)),
+                "permalink": f"/r/{post.subreddit}/comments/{post.id}/title/",
+            },
+        }
+        for post in posts
+    ]
+    data = {"after": more or None, "before": None, "children": children}
+    return json.dumps({"kind": "Listing", "data": data}).encode()
+
+
+def atom_feed(posts: Sequence[Post]) -> bytes:
+    """Encode a page as a feed, which does not tell whether more comes."""
+    entries = "".join(
+        f"<entry><author><name>/u/somebody</name></author><category term='{post.subreddit}'/>"
+        f"<id>t3_{post.id}</id><title>Title of {post.id}</title>"
+        f"<link href='https://www.reddit.com/r/{post.subreddit}/comments/{post.id}/title/'/>"
+        f"<published>{datetime.fromtimestamp(int(post.created), timezone.utc).isoformat()}"
+        "</published></entry>"
+        for post in posts
+    )
+    return f"<feed xmlns='http://www.w3.org/2005/Atom'>{entries}</feed>".encode()
 
 
 def arrivals(rng: random.Random, scenario: Scenario, rate: float, start: float) -> Iterator[float]:
@@ -486,8 +567,7 @@ def write_posts(rng: random.Random, scenario: Scenario, start: float) -> list[Po
         listed = appears(rng, scenario, moment, stall)
         vanishes = listed + lifetime(rng, scenario)
         place = listed if scenario.on_top and listed - moment > ON_TIME else moment
-        body = body_of(post_id, name, moment)
-        posts.append(Post(place, post_id, moment, listed, vanishes, name, body))
+        posts.append(Post(place, post_id, moment, listed, vanishes, name))
     return posts
 
 
@@ -653,10 +733,10 @@ class Model:
             if begin <= self.clock.now < end:
                 self.clock.sleep(PATIENCE if hanging else 0.01)
                 raise pipeline.Failed("the network is down")
-        self.clock.sleep(LATENCY / 2)
+        self.clock.sleep(self.scenario.latency / 2)
         self.advance()
         answer = self._answer(request)
-        self.clock.sleep(LATENCY / 2)
+        self.clock.sleep(self.scenario.latency / 2)
         self._die("after")
         return answer
 
@@ -698,6 +778,8 @@ class Model:
         if not allowed:
             self.refusals += 1
             return pipeline.Answer(429, headers, b'{"message": "Too Many Requests", "error": 429}')
+        if self.scenario.feed and url.path.endswith(".json"):
+            return pipeline.Answer(403, headers, b"<html>blocked</html>")
         return pipeline.Answer(200, headers, self._listing_body(url.path, query))
 
     def _new_token(self, request: pipeline.Request) -> pipeline.Answer:
@@ -721,19 +803,15 @@ class Model:
         """Encode the page that an address names."""
         unknown = set(query) - {"limit", "after", "raw_json"}
         parts = path.strip("/").split("/")
+        end = ".rss" if self.scenario.feed else ".json"
         assert not unknown, query
         assert parts[::2] == ["r", "new"], path
-        assert parts[3:] == ([] if self.scenario.token else [".json"]), path
+        assert parts[3:] == ([] if self.scenario.token else [end]), path
         limit = min(PAGE, max(1, int(query.get("limit", "25"))))
         names = frozenset(parts[1].lower().split("+"))
         self._lose_anchor(query.get("after", ""))
         posts, more = self.page(names, query.get("after", ""), limit)
-        children = b", ".join(post.body for post in posts)
-        after = json.dumps(more or None).encode()
-        return b'{"kind": "Listing", "data": {"after": %b, "before": null, "children": [%b]}}' % (
-            after,
-            children,
-        )
+        return atom_feed(posts) if self.scenario.feed else json_listing(posts, more)
 
 
 # A run

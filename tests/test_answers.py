@@ -825,6 +825,16 @@ def test_the_feed_is_paged_to_its_end(world, tmp_path):
     assert len(world.log) <= 6
 
 
+def test_an_entry_without_an_id_ends_no_page(world, tmp_path):
+    posts = [make_post(n, NOW - n) for n in range(100)]
+    first = atom_feed(posts, "python", NOW).replace(b"</feed>", b"<entry/></feed>")
+    world.script(None, (200, ATOM, first), on="/new")
+    feed_rows(world, tmp_path)
+    anchors = [seen.query.get("after") for seen in world.log]
+    assert anchors[:3] == [None, None, f"t3_{posts[-1]['id']}"]
+    assert len(anchors) <= 6
+
+
 def test_a_page_that_repeats_itself_is_the_end(world, tmp_path):
     page = atom_feed([make_post(n, NOW - n) for n in range(100)], "python", NOW)
     world.faults = lambda method, path, query: (200, ATOM, page) if ".rss" in path else None

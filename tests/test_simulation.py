@@ -25,7 +25,6 @@ from simulation import (
     Run,
     Scenario,
     base36,
-    body_of,
     figures,
     is_inside,
     log_normal,
@@ -58,9 +57,15 @@ SHORT: dict[str, dict[str, Any]] = {
     "other": {"minutes": 15},
     "other-600": {"minutes": 4},
     "joint": {"minutes": 30, "kills": 2},
+    "beside": {"minutes": 60},
+    "beside-ten": {"minutes": 20},
+    "slow": {"minutes": 6, "life": (10, 20)},
     "bursts": {"minutes": 15},
     "stall": {"minutes": 6},
     "anonymous": {"minutes": 20},
+    "feed": {"minutes": 20},
+    "feed-kills": {"minutes": 60, "kills": 3},
+    "feed-young": {"minutes": 60, "kills": 3},
     "headless": {"minutes": 60},
     "cron": {"minutes": 30},
     "cron-17": {"minutes": 5},
@@ -186,6 +191,19 @@ def test_an_anchor_that_was_never_posted_gives_the_newest_page() -> None:
     assert len(ids(ask(model_of(STILL), after="t3_zzz"))) == 100
 
 
+def test_the_feed_holds_what_the_listing_does_where_anonymous_json_is_blocked() -> None:
+    model = model_of(STILL._replace(token=False, headers=False, feed=True))
+
+    def get(end: str) -> pipeline.Answer:
+        url = f"https://www.reddit.com/r/a/new/{end}"
+        return model.fetch(pipeline.Request("GET", url, {"limit": "100"}, {}))
+
+    feed = pipeline.read_feed(get(".rss").body, 0.0)
+    assert get(".json").status == 403
+    assert feed
+    assert [post["id"] for post in feed.posts] == walk(model)[:100]
+
+
 def test_a_removed_post_is_listed_no_more_and_an_older_one_comes_back() -> None:
     model = model_of(STILL)
     before = walk(model)
@@ -307,7 +325,7 @@ def test_a_tenth_of_the_posts_vanishes_and_some_come_late() -> None:
 
 def post_at(created: float, listed: float) -> Post:
     """Make a post of the subreddit `a`."""
-    return Post(created, "x", created, listed, math.inf, "a", body_of("x", "a", created))
+    return Post(created, "x", created, listed, math.inf, "a")
 
 
 def test_both_bounds_of_a_gap_are_inside_it() -> None:

@@ -393,29 +393,35 @@ def test_an_anchor_that_reddit_does_not_know_is_no_end(world):
     assert world.gaps() == []
 
 
-def test_a_page_that_shows_nothing_new_is_no_end_when_it_names_a_next_one(world):
-    world.list_posts("old", 20, -100, 1)
+@pytest.mark.parametrize(
+    "removed",
+    [
+        pytest.param((0, 1, 8, 64), id="the next one shows only what is known"),
+        pytest.param((0, 1, 8, 64, 512), id="all of them, so that the walk begins anew"),
+    ],
+)
+def test_lost_anchors_far_up_the_listing_are_no_end(world, removed):
+    world.list_posts("old", 20, -300, 10)
     world.once()
-    world.clock.advance(400)
-    world.list_posts("new", 350, 1, 1)
-    # All the anchors up to 64 items above new150 are lost: the page behind the one 128 above
-    # it ends before new150.
-    lost = [150 + step for step in (0, 1, 2, 4, 8, 16, 32, 64)]
-    world.before(3, lambda: [world.reddit.remove(f"new{n}") for n in lost])
+    world.clock.advance(900)
+    world.list_posts("new", 850, 1, 1)
+    # Six pages have been read, to new250; tried are the anchors so many items above it.
+    world.before(7, lambda: [world.reddit.remove(f"new{250 + step}") for step in removed])
     world.once()
-    assert len(world.stored()) == 370
+    assert len(world.stored()) == 870
     assert world.gaps() == []
 
 
-def test_when_all_anchors_are_lost_the_walk_begins_anew(world):
+@pytest.mark.parametrize("empty", [1, 4, 7])
+def test_a_silence_behind_a_page_with_some_room_is_no_end(world, empty):
     world.list_posts("old", 20, -100, 1)
     world.once()
-    world.clock.advance(400)
-    world.list_posts("new", 350, 1, 1)
-    lost = [150 + step for step in (0, 1, 2, 4, 8, 16, 32, 64, 128)]
-    world.before(3, lambda: [world.reddit.remove(f"new{n}") for n in lost])
+    world.clock.advance(300)
+    world.list_posts("new", 250, 1, 1)
+    world.reddit.remove("new200")  # its place stays empty
+    world.reddit.script(None, *[(200, {}, listing([]))] * empty, on="/new")
     world.once()
-    assert len(world.stored()) == 370
+    assert len(world.stored()) == 269
     assert world.gaps() == []
 
 
@@ -433,6 +439,25 @@ def test_a_feed_ends_where_nothing_comes_behind_an_anchor_that_is_still_listed(w
     world.once()
     assert len(world.stored()) == 20 + count
     assert world.gaps() == []
+
+
+def test_the_end_of_a_feed_is_found_though_new_posts_push_it_out(world):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.access = pipeline.Access()
+    world.reddit.anonymous_json_blocked = True
+    world.list_posts("old", 20, -100, 1, **feed)
+    world.once()
+    world.clock.advance(2000)
+    world.list_posts("new", 1200, 1, 1, **feed)
+    asked = len(world.asked())
+
+    def push_out(*_: object) -> None:
+        world.list_posts(f"more{len(world.asked())}x", 3, world.clock.time() - T, 0, **feed)
+
+    world.reddit.faults = push_out
+    world.once()
+    assert len(world.asked(asked)) <= 16
+    assert len(world.gaps()) == 1
 
 
 def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_only(world):
@@ -555,27 +580,31 @@ def test_a_full_listing_that_ends_above_the_lateness_seen_is_a_gap(world, new, g
     assert world.gaps() == gaps
 
 
-def test_a_listing_that_has_moved_on_during_a_slow_walk_may_have_been_cut(world):
+@pytest.mark.parametrize("seconds", [8, 60])
+def test_a_listing_that_has_moved_on_during_a_slow_walk_may_have_been_cut(world, seconds):
     world.list_posts("old", 20, -100, 1)
     world.once()
     world.clock.advance(1000)
     world.list_posts("new", 900, 1, 1)
 
     def be_slow() -> None:
-        world.clock.advance(60)
-        world.list_posts("more", 600, 1001, 0.1)
+        world.clock.advance(seconds)
+        world.list_posts("more", 600, 1001, seconds / 600)
 
     world.before(2, be_slow)  # 300 posts are left below the first page, of 800
     world.once()
     assert world.gaps() == [("python", T - 81 - 30, T + 1 + 500 + 9)]
 
 
-def test_a_short_listing_walked_slowly_is_no_gap(world):
+@pytest.mark.parametrize("empty", [0, 1, 3])
+def test_a_short_listing_walked_slowly_is_no_gap(world, empty):
+    """Whether it was short, the newest page tells, and as ever an empty one is asked again."""
     world.list_posts("old", 3, -100, 1)
     world.once()
     world.clock.advance(200)
     world.list_posts("new", 130, 195, 0)
     world.before(2, lambda: (world.clock.advance(60), world.list_posts("more", 120, 250, 0)))
+    world.reddit.script(None, None, *[(200, {}, listing([]))] * empty, on="/new")
     world.once()
     assert (world.gaps(), len(world.stored())) == ([], 253)
 
