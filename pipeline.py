@@ -529,17 +529,24 @@ class Budget(NamedTuple):
 
 
 WINDOW = 600.0  # seconds of Reddit's windows, fixed to the wall clock (r2/lib/ratelimit.py)
-FORGIVE = 3600.0  # seconds after which one doubling of the spacing is taken back
-MOST_DOUBLINGS = 6
 LONGEST_ADVICE = 86400.0  # seconds; a Retry-After beyond it is a mistake
 
 
 UNLIMITED = (10**6, 1.0)
 
 
+def caution(budget: Budget) -> tuple[int, float]:
+    """Give the most doublings of the spacing, and the seconds after which one is taken back.
+
+    A window that is known tells what is left: a 429 that says nothing is not about it.
+    """
+    return (3, WINDOW) if budget.total else (6, 3600.0)
+
+
 def slowed(budget: Budget, now: float) -> int:
     """Give the doublings of the spacing that are not forgiven yet."""
-    return max(0, budget.doublings - int((now - budget.doubled_at) // FORGIVE))
+    _, forgive = caution(budget)
+    return max(0, budget.doublings - int((now - budget.doubled_at) // forgive))
 
 
 def spacing(budget: Budget, now: float) -> tuple[int, float]:
@@ -629,7 +636,8 @@ def learned(budget: Budget, answer: Answer, now: float, utc: float) -> Budget:
 
 def doubled(budget: Budget, now: float) -> Budget:
     """Double the spacing, and wait at least that long."""
-    doublings = min(MOST_DOUBLINGS, slowed(budget, now) + 1)
+    most, _ = caution(budget)
+    doublings = min(most, slowed(budget, now) + 1)
     budget = budget._replace(doublings=doublings, doubled_at=now)
     burst, seconds = spacing(budget, now)
     return budget._replace(not_before=max(budget.not_before, now + seconds / burst))
@@ -1028,9 +1036,10 @@ def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
     Or new posts may have pushed the last ones out meanwhile. So those are read too,
     from the newest page to one that is known, and added to what was found.
     """
+    walked = set(found)
     for page in itertools.islice(pages_back(ask(None), ask), RUNAWAY):
         # Known by its last post: those that Reddit keeps on top show nothing.
-        known = any(post["id"] in found for post in page.posts[-1:])
+        known = any(post["id"] in walked for post in page.posts[-1:])
         found.update((post["id"], post) for post in page.posts)
         if known or len(found) >= FULL:
             break

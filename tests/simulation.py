@@ -111,10 +111,11 @@ def log_normal(rng: random.Random) -> float:
 
 
 class Outage(NamedTuple):
-    """A time without network; a request is refused at once, or hangs."""
+    """A time without network; a request is refused at once, or hangs; or with bare 429s."""
 
     seconds: float
     hanging: bool = False
+    too_many: bool = False
 
 
 class Bar(NamedTuple):
@@ -309,6 +310,14 @@ SCENARIOS = {
         60,
         follow=("busy",),
         outages=(Outage(600, hanging=True),),
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "bare-429s": Scenario(
+        "5/s, 3 times a minute of 429s that say nothing",
+        {"busy": 5.0},
+        120,
+        follow=("busy",),
+        outages=(Outage(60, too_many=True),) * 3,
         bars=(Bar("captured", ">=", 99.995),),
     ),
     "cut": Scenario(
@@ -713,7 +722,7 @@ class Model:
 
     # What a request meets
 
-    def _draw_outages(self) -> list[tuple[float, float, bool]]:
+    def _draw_outages(self) -> list[tuple[float, float, Outage]]:
         """Spread the outages over the middle of the run."""
         counted = self.scenario.minutes * 60
         share = counted * 0.8 / max(1, len(self.scenario.outages))
@@ -721,7 +730,7 @@ class Model:
         for number, outage in enumerate(self.scenario.outages):
             earliest = self.start + counted * 0.1 + number * share
             begin = earliest + self.rng.uniform(0, max(0.0, share - outage.seconds))
-            drawn.append((begin, begin + outage.seconds, outage.hanging))
+            drawn.append((begin, begin + outage.seconds, outage))
         return drawn
 
     def fetch(self, request: pipeline.Request) -> pipeline.Answer:
@@ -729,9 +738,11 @@ class Model:
         self._die("before")
         self.requests += 1
         self._cut(request)
-        for begin, end, hanging in self.outages:
+        for begin, end, outage in self.outages:
             if begin <= self.clock.now < end:
-                self.clock.sleep(PATIENCE if hanging else 0.01)
+                self.clock.sleep(PATIENCE if outage.hanging else 0.01)
+                if outage.too_many:
+                    return pipeline.Answer(429, {}, b"")
                 raise pipeline.Failed("the network is down")
         self.clock.sleep(self.scenario.latency / 2)
         self.advance()
@@ -753,7 +764,7 @@ class Model:
             and ends < self.clock.end - self.scenario.tail
             and self.rng.random() < self.scenario.cuts
         ):
-            self.outages.append((self.clock.now, ends, False))
+            self.outages.append((self.clock.now, ends, Outage(120)))
 
     def _die(self, where: str) -> None:
         """Kill the follower here, if that is what was drawn."""

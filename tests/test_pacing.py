@@ -205,6 +205,15 @@ def test_a_429_without_advice_doubles_the_spacing_which_then_shrinks_slowly():
     assert later == pytest.approx([96.0, 48.0, 24.0, 12.0, 6.0, 6.0])
 
 
+def test_a_window_that_is_known_makes_429s_without_advice_count_for_less():
+    budget = Budget(60, total=600, remaining=590, resets_at=500)
+    for _ in range(9):
+        budget = learned(budget, Answer(429, {}, b""), 0.0, NOW)
+    assert carries(budget, 0.0) == pytest.approx(1 / 8)
+    assert carries(budget, 601.0) == pytest.approx(1 / 4)
+    assert at_once(budget, 1801.0) == 600
+
+
 def test_a_doubling_that_is_forgiven_leaves_no_trace():
     told = {"x-ratelimit-used": "1", "x-ratelimit-remaining": "9999", "x-ratelimit-reset": "599"}
     budget = learned(Budget(10), Answer(429, {}, b""), 0.0, NOW)

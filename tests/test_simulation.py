@@ -53,6 +53,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "young": {"minutes": 60, "kills": 3},
     "anchors": {"minutes": 15},
     "outage": {"minutes": 30},
+    "bare-429s": {"minutes": 30},
     "cut": {"minutes": 20, "kills": 3},
     "other": {"minutes": 15},
     "other-600": {"minutes": 4},

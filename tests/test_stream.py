@@ -609,6 +609,14 @@ def test_a_short_listing_walked_slowly_is_no_gap(world, empty):
     assert (world.gaps(), len(world.stored())) == ([], 253)
 
 
+def test_a_listing_that_holds_nothing_of_the_walk_any_more_is_not_known_to_be_short():
+    newest = [listed(f"n{n}", -n) for n in range(50)]
+    ends = pipeline.Page(newest[-1:], "t3_n49", 1)
+    pages = {None: pipeline.Page(newest, "t3_n49", 50), "t3_n48": ends}
+    walked = {f"w{n}": listed(f"w{n}", -1000 - n) for n in range(200)}
+    assert not pipeline.is_short(walked, lambda after: pages.get(after, pipeline.Page([])))
+
+
 def test_a_post_that_reddit_keeps_on_top_does_not_show_that_nothing_was_pushed_out(world):
     world.list_posts("old", 300, -100, 0)
     world.reddit.add(listed("top", 86_400))
