@@ -588,6 +588,13 @@ def wait_for(budget: Budget, pages: int, now: float) -> float:
     return max(0.0, until - now)
 
 
+def seconds_for(budget: Budget, pages: int, now: float) -> float:
+    """Give the seconds until so many requests have gone out, one by one."""
+    burst, seconds = spacing(budget, now)
+    bursts = math.ceil(pages / burst)
+    return wait_for(budget, pages, now) + (bursts - 1) * seconds
+
+
 def at_once(budget: Budget, now: float) -> int:
     """Give how many requests may follow without waiting."""
     budget = current(budget, now)
@@ -731,18 +738,35 @@ def lateness_seen(lateness: Sequence[float]) -> int:
     return math.ceil(max(2 * LEAST_LOOK_BACK, *lateness))
 
 
-def full_walk_due(polled_utc: float, now: float, rate: float, budget_rate: float) -> bool:
+def full_walk_due(
+    polled_utc: float, now: float, rate: float, budget_rate: float, turn: int = 0, turns: int = 1
+) -> bool:
     """Tell whether the whole listing is due, for posts that were approved late.
 
     Its period is the time a page covers, at least 5 minutes and a tenth of the
     budget. It comes once in each period of the clock, so that nothing need be
-    remembered, and a restart or another run does not repeat it.
+    remembered, and a restart or another run does not repeat it. Several listings take
+    turns, of which each comes once in a period.
     """
-    shortest = max(300.0, covers(rate), HORIZON / PAGE / max(0.1 * budget_rate, 1e-9))
+    pages = turns * HORIZON / PAGE
+    shortest = max(300.0, covers(rate), pages / max(0.1 * budget_rate, 1e-9))
     if not math.isfinite(shortest):
         return False
     period = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
-    return now // period != polled_utc // period
+    shift = period * turn / turns
+    return (now + shift) // period != (polled_utc + shift) // period
+
+
+LONGEST_FULL_WALK = 120.0  # seconds
+
+
+def can_wait(rate: float, seconds: float) -> bool:
+    """Tell whether what is listed may wait so long for the end of a full walk.
+
+    On ten requests a minute it takes one. No more than a quarter of what the listing
+    holds may come meanwhile, as the next walk waits for the budget, too.
+    """
+    return seconds <= LONGEST_FULL_WALK and rate * seconds <= HORIZON / 4
 
 
 def backoff(failures: int, rate: float | None, chance: float) -> float:
@@ -873,6 +897,10 @@ class Reddit:
     def at_once(self) -> int:
         """Give how many pages may be asked for without waiting."""
         return at_once(self.budget, self.clock.monotonic())
+
+    def seconds_for(self, pages: int) -> float:
+        """Give the seconds until so many pages have been asked for."""
+        return seconds_for(self.budget, pages, self.clock.monotonic())
 
     def carries(self) -> float:
         """Give the requests a second that the budget carries."""
@@ -1009,12 +1037,11 @@ def walk_back(
     target: float,
     may_ask: Callable[[int], bool] = lambda pages: True,
     *,
-    whole: bool = False,
+    least: int = 1,
 ) -> Walk:
-    """Read older pages until one has passed the target, or the listing ends.
+    """Read older pages, so many at least, until one has passed the target or there are no more.
 
-    A `whole` walk goes on to the end. `may_ask` is given the number of pages so far,
-    and cuts the walk short.
+    `may_ask` is given the number of pages so far, and cuts the walk short.
     """
     found: dict[str, Post] = {}
     edge = math.inf
@@ -1022,7 +1049,7 @@ def walk_back(
         for post in page.posts:
             found.setdefault(post["id"], post)
         edge = min(edge, edge_of(page.posts))
-        if (edge < target and not whole) or not may_ask(pages):
+        if (edge < target and pages >= least) or not may_ask(pages):
             break
     complete = edge < target or (page.after is None and len(found) < FULL)
     if complete and edge >= target and page.utc - first.utc > STEADY:
@@ -1206,6 +1233,7 @@ class Follower:
         self.memory = memory
         self.pace = asker.pace
         self.clock = asker.clock
+        self.begun = 0.0  # when the last poll did
         self.due: list[str] = []
         self.lost: list[str] = []  # what is wrong with names that never had a good answer
         self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
@@ -1214,7 +1242,7 @@ class Follower:
 
     def poll(self) -> Iterator[Batch]:
         """Walk back once for every name that is due."""
-        now = self.clock.monotonic()
+        self.begun = now = self.clock.monotonic()
         self.due = [name for name in self.names if self.gone.get(name, (0, now))[1] <= now]
         cursors = self.memory.cursors(self.due)
         together = [name for name in self.due if name in cursors and name not in self.gone]
@@ -1233,16 +1261,26 @@ class Follower:
             raise Gone("; ".join(self.lost))
 
     def _walk_together(self, names: list[str], cursors: dict[str, Cursor]) -> Iterator[Batch]:
-        """Walk names as one listing, and those alone that it did not reach."""
-        unreached, newest_utc = names, 0
+        """Walk names as one listing; then those alone that it did not reach, or whose turn it is.
+
+        A joint listing ends where that of its busiest name does: only alone a quiet one
+        shows what was approved late.
+        """
+        alone, newest_utc = names, 0
         with suppress(Gone):  # one of them: which, shows when each is walked alone
             walk = self._walk(names, [cursors[name] for name in names])
             newest_utc = newest_listed(walk)
             cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.pace.lateness)
-            unreached = [n for n in names if gap_before(walk, n, cursors[n], late, 0)]
-            yield self._batch(walk, {n: cursors[n] for n in names if n not in unreached})
-        for name in unreached:
+            rate = self.pace.rate or 0.0
+            alone = [
+                name
+                for name in names
+                if gap_before(walk, name, cursors[name], late, 0)
+                or self._full_walk_due(name, cursors[name], rate)
+            ]
+            yield self._batch(walk, {n: cursors[n] for n in names if n not in alone})
+        for name in alone:
             yield from self._walk_alone(name, cursors[name], newest_utc)
 
     def _walk_alone(
@@ -1293,7 +1331,8 @@ class Follower:
         rate = max(listing_rate(first.posts), pace.rate or 0.0)
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
         target = oldest - look_back(pace.lateness, rate, pace.carried)
-        whole = not scarce and self._whole_walk_due(cursors, rate)
+        # A joint listing is not read whole, its names are.
+        whole = len(cursors) == 1 and self._full_walk_due(names[0], cursors[0], rate)
 
         def may_ask(pages: int) -> bool:
             if cursors and not scarce:
@@ -1303,18 +1342,21 @@ class Follower:
         def ask(after: str | None) -> Page:
             return asker.page(names, after) if after else asker.newest_page(names, expected=True)
 
-        walk = walk_back(first, ask, target, may_ask, whole=whole)
+        least = HORIZON // PAGE if whole else 1
+        walk = walk_back(first, ask, target, may_ask, least=least)
         if len(names) == len(self.due):
             pace.rate = listing_rate(walk.posts)
         if cursors and not whole:
             pace.pages = walk.pages
         return walk
 
-    def _whole_walk_due(self, cursors: list[Cursor], rate: float) -> bool:
-        if not cursors or self.asker.reddit.at_once() < HORIZON / PAGE:
+    def _full_walk_due(self, name: str, cursor: Cursor, rate: float) -> bool:
+        pace, pages = self.pace, HORIZON // PAGE
+        lasts = pace.now() - self.begun + self.asker.reddit.seconds_for(pages)
+        if pace.is_scarce() or not can_wait(rate, lasts):
             return False
-        polled = min(cursor.polled_utc for cursor in cursors)
-        return full_walk_due(polled, self.clock.time(), rate, self.pace.carried)
+        turn, turns = self.names.index(name), len(self.names)
+        return full_walk_due(cursor.polled_utc, self.clock.time(), rate, pace.carried, turn, turns)
 
     def _set_aside(self, name: str, what: str) -> None:
         """Drop a name that never could be read; ask again later for one that could."""

@@ -145,6 +145,7 @@ class Scenario(NamedTuple):
     latency: float = LATENCY
     other: float = 0.0  # share of the budget that another client takes
     late: float = 0.0173
+    late_in: tuple[str, ...] = ()  # names whose posts come late; none: all
     on_top: bool = False  # a late post stands where it appears, above newer ones
     tail: float = 120.0  # seconds that the follower lives on, until all that counts is its to get
     vanish: float = 0.10
@@ -375,6 +376,27 @@ SCENARIOS = {
         **ANONYMOUS,
         bars=(Bar("captured", ">=", 99.995),),
     ),
+    "approved": Scenario(
+        "the feed: 1 in 10 s, every tenth approved late",
+        {"slow": 0.1},
+        240,
+        follow=("slow",),
+        feed=True,
+        **ANONYMOUS,
+        late=0.1,
+        tail=3000,
+        bars=(Bar("captured", ">=", 99.995), Bar("late", ">=", 99.9)),
+    ),
+    "approved-beside": Scenario(
+        "4 an hour, every fourth approved late, beside 1/s",
+        {"busy": 1.0, "slow": 1 / 900},
+        360,
+        follow=("busy", "slow"),
+        late=0.25,
+        late_in=("slow",),
+        tail=3000,
+        bars=(Bar("captured", ">=", 99.995), Bar("late", ">=", 99.9)),
+    ),
     "slow": Scenario(
         "17/s, 3 min down, 1.5 s a request, a tenth removed",
         EVERYTHING,
@@ -429,6 +451,7 @@ SCENARIOS = {
         **ANONYMOUS,
         feed=True,
         kills=8,
+        life=(15, 40),  # a first walk that was killed may come less deep the second time
         bars=(Bar("inside", ">=", 99),),
     ),
     "feed-young": Scenario(
@@ -546,9 +569,11 @@ def arrivals(rng: random.Random, scenario: Scenario, rate: float, start: float) 
         moment += rng.expovariate(rate * factor if in_burst else rate)
 
 
-def appears(rng: random.Random, scenario: Scenario, created: float, stall: float) -> float:
+def appears(
+    rng: random.Random, scenario: Scenario, name: str, created: float, stall: float
+) -> float:
     """Draw when a post is listed."""
-    if rng.random() < scenario.late:
+    if rng.random() < scenario.late and name in (scenario.late_in or scenario.rates):
         return created + rng.uniform(60, 3600)
     listed = created + scenario.jitter(rng)
     return stall + scenario.stall if stall <= listed < stall + scenario.stall else listed
@@ -573,7 +598,7 @@ def write_posts(rng: random.Random, scenario: Scenario, start: float) -> list[Po
     for moment, name in created:
         number += rng.randrange(1, 4)
         post_id = base36(number)
-        listed = appears(rng, scenario, moment, stall)
+        listed = appears(rng, scenario, name, moment, stall)
         vanishes = listed + lifetime(rng, scenario)
         place = listed if scenario.on_top and listed - moment > ON_TIME else moment
         posts.append(Post(place, post_id, moment, listed, vanishes, name))

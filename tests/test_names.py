@@ -12,7 +12,7 @@ from fake_reddit import FakeReddit, make_post
 from pipeline import Access, Database, Gone, Reddit, load, stream, transform
 from virtual import VirtualClock, fetch_from
 
-NOW = 1_790_000_000
+NOW = 1_789_132_800  # the first full walks are due 300 s later
 WRONG = {
     "private": "r/closed cannot be read: private (403)",
     "quarantined": "r/closed cannot be read: quarantined (403)",

@@ -25,6 +25,7 @@ from pipeline import (
     Reddit,
     at_once,
     backoff,
+    can_wait,
     carries,
     full_walk_due,
     learned,
@@ -32,6 +33,7 @@ from pipeline import (
     look_back,
     poll_interval,
     retry_after,
+    seconds_for,
     spent,
     stream,
     wait_for,
@@ -203,6 +205,19 @@ def test_a_429_without_advice_doubles_the_spacing_which_then_shrinks_slowly():
     assert spacings == pytest.approx([12.0, 24.0, 48.0, 96.0])
     later = [1 / carries(budget, 180.0 + hours * HOUR) for hours in (0.5, 1.0, 2.0, 3.0, 4.0, 9.0)]
     assert later == pytest.approx([96.0, 48.0, 24.0, 12.0, 6.0, 6.0])
+
+
+@pure
+@given(doublings=st.integers(0, 6), sent=st.integers(0, 12), pages=st.integers(1, 12))
+def test_so_many_requests_go_out_within_the_seconds_told(doublings, sent, pages):
+    budget, now = Budget(10, doublings=doublings), 0.0
+    for _ in range(sent):
+        budget = spent(budget, now)
+    ends = seconds_for(budget, pages, now)
+    for _ in range(pages):
+        now += wait_for(budget, 1, now)
+        budget = spent(budget, now)
+    assert now <= ends
 
 
 def test_a_window_that_is_known_makes_429s_without_advice_count_for_less():
@@ -454,11 +469,11 @@ def test_a_larger_budget_never_shortens_the_look_back(rate, budget, more):
     assert look_back([], rate, budget) <= look_back([], rate, budget + more)
 
 
-def full_walks(times, rate, budget):
+def full_walks(times, rate, budget, turn=0, turns=1):
     """Give the times at which a walk goes through the whole listing."""
     polled, walks = times[0], []
     for now in times[1:]:
-        if full_walk_due(polled, now, rate, budget):
+        if full_walk_due(polled, now, rate, budget, turn, turns):
             walks.append(now)
         polled = now
     return walks
@@ -481,6 +496,21 @@ DAY = [NOW + n * 25.0 for n in range(3456)]
 )
 def test_the_whole_listing_is_walked_as_age_and_budget_allow(rate, budget, walks):
     assert len(full_walks(DAY, rate, budget)) == pytest.approx(walks, abs=1)
+
+
+@pytest.mark.parametrize(("turns", "walks"), [(2, 288), (3, 288), (4, 144), (11, 72)])
+def test_several_listings_take_turns_within_a_tenth_of_the_budget(turns, walks):
+    each = [full_walks(DAY, 1.0, 1.0, turn, turns) for turn in range(turns)]
+    assert [len(times) for times in each] == pytest.approx([walks] * turns, abs=1)
+    assert sum(len(times) for times in each) == len({at for times in each for at in times})
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "can"),
+    [(4.0, 60.0, True), (5.0, 60.0, False), (17.0, 10.0, True), (0.0, 121.0, False)],
+)
+def test_what_is_listed_waits_for_a_full_walk_while_the_listing_holds_it(rate, seconds, can):
+    assert can_wait(rate, seconds) is can
 
 
 def test_a_restart_repeats_no_full_walk():

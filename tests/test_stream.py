@@ -340,6 +340,36 @@ def test_what_is_approved_later_is_stored_by_a_full_walk_within_five_minutes(wor
     assert "approved" in world.stored()
 
 
+def test_what_is_approved_later_in_a_quiet_name_is_found_when_it_is_walked_alone(world):
+    world.list_posts("busy", 1000, -1000, 1)
+    world.list_posts("quiet", 5, -8000, 900, subreddit="rust")
+    stream = world.follow("python", "rust")
+    alone = []
+    for n in range(60):
+        world.list_posts(f"n{n}x", 25, n * 25, 1)
+        asked = len(world.asked())
+        next(stream)
+        if n == 5:
+            world.reddit.add(listed("approved", -4000, "rust"))
+        alone += [(r, round(world.clock.time() - T)) for r in world.asked(asked) if r == "rust"]
+    # New, then beyond the joint listing, then at its turn: every 300 s.
+    assert [at for _, at in alone] == [0, 25, 150, 450, 750, 1050]
+    assert "approved" in world.stored()
+
+
+def test_a_feed_is_walked_in_full_though_the_budget_makes_it_wait(world):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.access = pipeline.Access()
+    world.reddit.anonymous_json_blocked = True
+    world.list_posts("p", 900, -9000, 10, **feed)
+    stream = world.follow()
+    next(stream)
+    world.reddit.add(listed("approved", -5000, **feed))
+    while world.clock.time() < T + 1300:
+        next(stream)
+    assert "approved" in world.stored()
+
+
 def test_a_quiet_listing_is_hardly_ever_walked_in_full(world):
     world.list_posts("p", 500, -500 * 300, 300)  # a post in five minutes
     full_walks = []
