@@ -1685,9 +1685,12 @@ CREATE VIEW coverage AS
     FROM cursors;
 """
 
+# Two first runs at once cover what lies between them only if they meet.
 MOVE_CURSOR = """
 INSERT INTO cursors (subreddit, since_utc, newest_utc, polled_utc) VALUES (?, ?, ?, ?)
-ON CONFLICT (subreddit) DO UPDATE SET since_utc = min(since_utc, excluded.since_utc),
+ON CONFLICT (subreddit) DO UPDATE SET
+    since_utc = CASE WHEN since_utc <= excluded.newest_utc AND excluded.since_utc <= newest_utc
+        THEN min(since_utc, excluded.since_utc) ELSE max(since_utc, excluded.since_utc) END,
     newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc
 """
 

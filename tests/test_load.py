@@ -274,6 +274,23 @@ def test_a_cursor_never_moves_back(database):
     assert database.cursors(["python"]) == {"python": Cursor(90, 210, 320)}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "together"),
+    [
+        ((100, 200), (150, 300), (100, 300)),
+        ((150, 300), (100, 200), (100, 300)),
+        ((100, 200), (201, 300), (201, 300)),
+        ((201, 300), (100, 200), (201, 300)),
+    ],
+)
+def test_two_first_runs_cover_what_lies_between_them_only_if_they_meet(
+    database, first, second, together
+):
+    for cursor in (first, second):
+        load(database, [], {"python": Cursor(*cursor, 400)})
+    assert database.cursors(["python"]) == {"python": Cursor(*together, 400)}
+
+
 def test_a_gap_is_named_for_the_cursor_it_was_seen_from(database, path):
     load(database, [], {"python": Cursor(100, 200, 300)})
     load(database, [], {"python": Cursor(100, 900, 910)}, [Gap("python", 170, 800, 910, 200)])
