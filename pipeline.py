@@ -27,7 +27,7 @@ import sqlite3
 import stat
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -1235,6 +1235,7 @@ class Follower:
         self.clock = asker.clock
         self.begun = 0.0  # when the last poll did
         self.due: list[str] = []
+        self.behind: set[str] = set()  # names that wait to be walked alone
         self.lost: list[str] = []  # what is wrong with names that never had a good answer
         self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
         self.gaps = 0  # not told yet
@@ -1251,6 +1252,8 @@ class Follower:
         alone = [name for name in self.due if name not in together]
         for done, name in enumerate(alone):
             yield from self._walk_alone(name, cursors.get(name), sharers=len(alone) - done)
+            if self._must_go_on():
+                break
         if together:
             yield from self._walk_together(together, cursors)
         self._tell_gaps()
@@ -1264,24 +1267,37 @@ class Follower:
         """Walk names as one listing; then those alone that it did not reach, or whose turn it is.
 
         A joint listing ends where that of its busiest name does: only alone a quiet one
-        shows what was approved late.
+        shows what was approved late. Names that wait for that do not make the walk longer.
         """
         alone, newest_utc = names, 0
+        listed = Counter[str]()
         with suppress(Gone):  # one of them: which, shows when each is walked alone
-            walk = self._walk(names, [cursors[name] for name in names])
+            near = [name for name in names if name not in self.behind] or names
+            walk = self._walk(names, [cursors[name] for name in near])
             newest_utc = newest_listed(walk)
+            listed.update(str(post.get("subreddit") or "").lower() for post in walk.posts)
             cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.pace.lateness)
             rate = self.pace.rate or 0.0
             alone = [
                 name
                 for name in names
-                if gap_before(walk, name, cursors[name], late, 0)
+                if name not in near
+                or gap_before(walk, name, cursors[name], late, 0)
                 or self._full_walk_due(name, cursors[name], rate)
             ]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in alone})
-        for name in alone:
+        self.behind = set(alone)
+        for name in sorted(alone, key=lambda name: -listed[name]):  # the busiest can wait least
             yield from self._walk_alone(name, cursors[name], newest_utc)
+            self.behind.discard(name)
+            if self._must_go_on():
+                break
+
+    def _must_go_on(self) -> bool:
+        """Tell whether the other names' new posts can wait no longer for the next poll."""
+        seconds = self.clock.monotonic() - self.begun
+        return not (self.asker.once or can_wait(self.pace.rate or 0.0, seconds))
 
     def _walk_alone(
         self, name: str, cursor: Cursor | None, joint_utc: int = 0, sharers: int = 1
@@ -1332,7 +1348,7 @@ class Follower:
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
         target = oldest - look_back(pace.lateness, rate, pace.carried)
         # A joint listing is not read whole, its names are.
-        whole = len(cursors) == 1 and self._full_walk_due(names[0], cursors[0], rate)
+        whole = len(names) == len(cursors) == 1 and self._full_walk_due(names[0], cursors[0], rate)
 
         def may_ask(pages: int) -> bool:
             if cursors and not scarce:

@@ -376,6 +376,18 @@ SCENARIOS = {
         **ANONYMOUS,
         bars=(Bar("captured", ">=", 99.995),),
     ),
+    "thirty": Scenario(
+        "the feed: 5/s beside 30 of 1 in 10 min, 10 min outage",
+        {"busy": 5.0} | {f"slow{number}": 1 / 600 for number in range(30)},
+        60,
+        follow=("busy", *(f"slow{number}" for number in range(30))),
+        **ANONYMOUS,
+        feed=True,
+        history=200,
+        outages=(Outage(600),),
+        tail=2400,  # the names that were behind are walked alone, one after the other
+        bars=(Bar("captured", ">=", 80), Bar("inside", ">=", 99.9)),
+    ),
     "approved": Scenario(
         "the feed: 1 in 10 s, every tenth approved late",
         {"slow": 0.1},

@@ -60,6 +60,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "joint": {"minutes": 30, "kills": 2},
     "beside": {"minutes": 120},
     "beside-ten": {"minutes": 20},
+    "thirty": {"minutes": 45},
     "approved": {"minutes": 120},
     "approved-beside": {"minutes": 120},
     "slow": {"minutes": 6, "life": (10, 20)},
@@ -78,6 +79,7 @@ TOO_FEW = {
     "refused": "captured",  # one outage of 45 s in 4 min weighs five times as much
     "hanging": "captured",
     "scarce": "captured",
+    "thirty": "captured",  # the outage is a fourth of the time
     "quiet": "median",  # some 36 posts
     "log-normal": "captured",
     "other": "captured",

@@ -759,6 +759,36 @@ def test_a_quiet_name_that_was_walked_alone_is_not_far_behind_the_next_time(worl
     assert world.asked(asked) == ["python+rust"]
 
 
+def test_names_that_are_behind_are_walked_alone_a_few_a_poll_the_busiest_first(world):
+    quiet = [f"quiet{n}" for n in range(12)]
+    world.reddit.create(*quiet)
+    for name in quiet:
+        world.list_posts(f"{name}x", 20, -9000, 100, subreddit=name)
+    world.list_posts("old", 20, -100, 1)
+    world.access = pipeline.Access()  # ten requests a minute
+    world.once("python", *quiet)
+    world.clock.advance(2000)
+    world.list_posts("busy", 1200, 1800, 0.2)  # 5 a second
+    world.list_posts("more", 3, 1700, 1, subreddit="quiet7")
+    asked = len(world.asked())
+    stream = world.follow(*quiet, "python")
+    while "python" not in world.asked(asked)[-20:]:
+        next(stream)
+    walks = [request for request in world.asked(asked) if "after" not in request]
+    assert walks == ["+".join([*quiet, "python"]), "python"]
+    asked = len(world.asked())
+    for _ in range(80):
+        next(stream)
+    walks = [request for request in world.asked(asked) if " after" not in request]
+    assert walks[0] == "+".join([*quiet, "python"])
+    assert walks[1] in quiet
+    assert set(quiet) <= set(walks)
+    joint = [r for r in world.asked(asked) if r.startswith("quiet0+")]
+    assert len([r for r in joint if " after" in r]) <= 2 * len([r for r in joint if " " not in r])
+    assert [gap[0] for gap in world.gaps()] == ["python"]
+    assert len([i for i in world.stored() if i.startswith("more")]) == 3
+
+
 # A new name
 
 
