@@ -48,7 +48,7 @@ HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # Removed items leave a listing, 900-odd is common (BDFR issues 57 and 195): one
 # that ends below this many was short by itself, one above may have been cut.
 FULL = 750
-STEADY = 5.0  # seconds in which even all of Reddit lists under 100 posts
+STEADY = 1.0  # seconds in which few posts are listed, of all of Reddit too
 RUNAWAY = 5 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -539,8 +539,9 @@ def caution(budget: Budget) -> tuple[int, float]:
     """Give the most doublings of the spacing, and the seconds after which one is taken back.
 
     A window that is known tells what is left: a 429 that says nothing is not about it.
+    Where nothing is known, one request in about 100 s is the slowest.
     """
-    return (3, WINDOW) if budget.total else (6, 3600.0)
+    return (3, WINDOW) if budget.total else (int(math.log2(budget.per_minute)) + 1, 3600.0)
 
 
 def slowed(budget: Budget, now: float) -> int:
@@ -554,8 +555,9 @@ def spacing(budget: Budget, now: float) -> tuple[int, float]:
     factor = 2 ** slowed(budget, now)
     if budget.total and factor == 1:
         return UNLIMITED
-    burst = max(1, budget.per_minute // factor)
-    return burst, burst * factor * 60.0 / budget.per_minute
+    per_minute = max(budget.per_minute, budget.total * 60 / WINDOW)
+    burst = max(1, int(per_minute // factor))
+    return burst, burst * factor * 60.0 / per_minute
 
 
 def current(budget: Budget, now: float) -> Budget:
@@ -738,23 +740,26 @@ def lateness_seen(lateness: Sequence[float]) -> int:
     return math.ceil(max(2 * LEAST_LOOK_BACK, *lateness))
 
 
-def full_walk_due(
-    polled_utc: float, now: float, rate: float, budget_rate: float, turn: int = 0, turns: int = 1
-) -> bool:
-    """Tell whether the whole listing is due, for posts that were approved late.
+def full_walk_turn(
+    polled_utc: float, now: float, rate: float, budget_rate: float, names: int = 1
+) -> int | None:
+    """Give the number of the name whose whole listing is due, for what was approved late.
 
-    Its period is the time a page covers, at least 5 minutes and a tenth of the
-    budget. It comes once in each period of the clock, so that nothing need be
-    remembered, and a restart or another run does not repeat it. Several listings take
-    turns, of which each comes once in a period.
+    Names take turns of equal length, in an order that is drawn anew for each round: else
+    a run once a day might meet the same one each day. A round takes as long as a page
+    covers, at least 5 minutes, and a full walk is a tenth of a turn's budget. A turn is
+    used at the first poll in it, so that nothing need be remembered, and a restart or
+    another run does not repeat it.
     """
-    pages = turns * HORIZON / PAGE
-    shortest = max(300.0, covers(rate), pages / max(0.1 * budget_rate, 1e-9))
+    shortest = max(300.0, covers(rate)) / names
+    shortest = max(shortest, HORIZON / PAGE / max(0.1 * budget_rate, 1e-9))
     if not math.isfinite(shortest):
-        return False
-    period = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
-    shift = period * turn / turns
-    return (now + shift) // period != (polled_utc + shift) // period
+        return None
+    length = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
+    if now // length == polled_utc // length:
+        return None
+    of_all, turn = divmod(int(now // length), names)
+    return random.Random(of_all).sample(range(names), names)[turn]
 
 
 LONGEST_FULL_WALK = 120.0  # seconds
@@ -898,6 +903,11 @@ class Reddit:
         """Give how many pages may be asked for without waiting."""
         return at_once(self.budget, self.clock.monotonic())
 
+    def budget_rate(self) -> float:
+        """Give the requests a second that whole windows carry, or none that is known of."""
+        total = self.budget.total
+        return total / WINDOW if total else self.carries()
+
     def seconds_for(self, pages: int) -> float:
         """Give the seconds until so many pages have been asked for."""
         return seconds_for(self.budget, pages, self.clock.monotonic())
@@ -1008,25 +1018,26 @@ def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]
 
     An empty page is a lost anchor (that post was removed meanwhile, or new ones pushed it
     out), so the items before it are tried as anchors; if all are lost, the listing is read
-    anew, once. A feed names no end. It is there when the first of those that works shows
-    nothing new, on a page with room for much more (removed items take room on a page too).
-    A page that holds its own anchor comes from somebody who does not look at anchors.
+    anew, once. A feed names no end: it is where one of the near ones works, behind which
+    a page has room for more than is known, and shows nothing else. A page that holds its
+    own anchor comes from somebody who does not look at anchors.
     """
-    page, read, tops = first, list[Post](), [None]
+    page, read, tops, size = first, list[Post](), [None], 0
     while page.after is not None:
         yield page
         read += page.posts
-        after, known = page.after, {post["id"] for post in read}
-        for anchor in (after, *earlier_anchors(read), *tops):
+        size = max(size, len(page.posts))
+        known = {post["id"] for post in read}
+        near = [fullname(post) for post in read[-1 - 3 * size // 4 : -1]] or tops
+        for anchor in (page.after, *earlier_anchors(read), *tops):
             page = ask(anchor)
             if page.things:
                 break
         if not page.things or anchor in [fullname(post) for post in page.posts]:
             return
-        if anchor is None:
+        if anchor is None and len(read) > 1:
             read, tops = [], []
-        shows_nothing_new = known.issuperset(post["id"] for post in page.posts)
-        if anchor != after and shows_nothing_new and len(page.posts) < 3 * PAGE // 4:
+        elif anchor in near and known.issuperset(post["id"] for post in page.posts):
             page = page._replace(after=None)
     yield page
 
@@ -1058,7 +1069,7 @@ def walk_back(
 
 
 def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
-    """Tell whether a listing that ended after a slow walk was short by itself.
+    """Tell whether a listing that ended after a while was short by itself.
 
     Or new posts may have pushed the last ones out meanwhile. So those are read too,
     from the newest page to one that is known, and added to what was found.
@@ -1195,7 +1206,7 @@ class Asker:
             if self.once and self.waited + seconds > BUDGET_PATIENCE:
                 raise Failed(f"Reddit's budget is used up for {seconds:.0f} s more")
             level = logging.INFO if seconds >= 60 else logging.DEBUG
-            log.log(level, "waiting %.0f s for the budget", seconds)
+            log.log(level, "waiting %.0f s for the budget", math.ceil(seconds))
             self.waited += seconds
             self.gives_up += seconds
             self.clock.sleep(seconds)
@@ -1236,6 +1247,7 @@ class Follower:
         self.begun = 0.0  # when the last poll did
         self.due: list[str] = []
         self.behind: set[str] = set()  # names that wait to be walked alone
+        self.empty: set[str] = set()  # names that showed nothing when they last were
         self.lost: list[str] = []  # what is wrong with names that never had a good answer
         self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
         self.gaps = 0  # not told yet
@@ -1269,7 +1281,7 @@ class Follower:
         A joint listing ends where that of its busiest name does: only alone a quiet one
         shows what was approved late. Names that wait for that do not make the walk longer.
         """
-        alone, newest_utc = names, 0
+        alone, newest_utc, turn = names, 0, ""
         listed = Counter[str]()
         with suppress(Gone):  # one of them: which, shows when each is walked alone
             near = [name for name in names if name not in self.behind] or names
@@ -1278,18 +1290,20 @@ class Follower:
             listed.update(str(post.get("subreddit") or "").lower() for post in walk.posts)
             cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.pace.lateness)
-            rate = self.pace.rate or 0.0
+            turn = self._full_walk_turn(list(cursors.values()), self.pace.rate or 0.0)
             alone = [
                 name
                 for name in names
-                if name not in near
+                if name == turn
+                or name not in near
                 or gap_before(walk, name, cursors[name], late, 0)
-                or self._full_walk_due(name, cursors[name], rate)
             ]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in alone})
         self.behind = set(alone)
-        for name in sorted(alone, key=lambda name: -listed[name]):  # the busiest can wait least
-            yield from self._walk_alone(name, cursors[name], newest_utc)
+        # The busiest can wait least; but a single run may not come to the last ones.
+        urgency = {n: cursors[n].polled_utc if self.asker.once else -listed[n] for n in alone}
+        for name in sorted(alone, key=urgency.__getitem__):
+            yield from self._walk_alone(name, cursors[name], newest_utc, whole=name == turn)
             self.behind.discard(name)
             if self._must_go_on():
                 break
@@ -1300,10 +1314,16 @@ class Follower:
         return not (self.asker.once or can_wait(self.pace.rate or 0.0, seconds))
 
     def _walk_alone(
-        self, name: str, cursor: Cursor | None, joint_utc: int = 0, sharers: int = 1
+        self,
+        name: str,
+        cursor: Cursor | None,
+        joint_utc: int = 0,
+        *,
+        sharers: int = 1,
+        whole: bool = False,
     ) -> Iterator[Batch]:
         try:
-            walk = self._walk([name], [cursor] if cursor else [], sharers)
+            walk = self._walk([name], [cursor] if cursor else [], sharers=sharers, whole=whole)
         except Gone as exc:
             self._set_aside(name, f"r/{name} {exc}")
             return
@@ -1312,6 +1332,11 @@ class Follower:
         cursor = self.memory.cursors([name]).get(name)  # another process may have moved it
         late = lateness_seen(self.pace.lateness)
         gaps = gap_before(walk, name, cursor, late, int(self.clock.time()))
+        if walk.posts or name in self.empty:
+            self.empty.discard(name)
+        else:  # Reddit may only have been silent: its cursor stays until it shows nothing twice
+            self.empty.add(name)
+            joint_utc = 0
         yield self._batch(walk, {name: cursor}, gaps, joint_utc)
         self.gaps += len(gaps)
 
@@ -1332,10 +1357,13 @@ class Follower:
         }
         return Batch(posts, moved, gaps)
 
-    def _walk(self, names: list[str], cursors: list[Cursor], sharers: int = 1) -> Walk:
+    def _walk(
+        self, names: list[str], cursors: list[Cursor], *, sharers: int = 1, whole: bool = False
+    ) -> Walk:
         """Walk back to the oldest of the cursors.
 
-        Without one, as deep as what is free, and shared by so many names, allows.
+        Without one, as deep as what is free, and shared by so many names, allows; half of
+        a window is left for the polls of several names.
         """
         asker, pace = self.asker, self.pace
         asker.await_budget(pace.pages_next())
@@ -1343,12 +1371,13 @@ class Follower:
         pace.begun = pace.now()
         first = asker.newest_page(names, expected=bool(cursors))
         pace.carried = asker.reddit.carries()
-        deepest = (1 + asker.reddit.at_once()) // sharers
+        polls = asker.reddit.budget.total // 2 if len(self.names) > 1 else 0
+        deepest = (1 + asker.reddit.at_once() - polls) // sharers
         rate = max(listing_rate(first.posts), pace.rate or 0.0)
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
         target = oldest - look_back(pace.lateness, rate, pace.carried)
-        # A joint listing is not read whole, its names are.
-        whole = len(names) == len(cursors) == 1 and self._full_walk_due(names[0], cursors[0], rate)
+        if cursors and len(self.names) == 1:
+            whole = bool(self._full_walk_turn(cursors, rate))
 
         def may_ask(pages: int) -> bool:
             if cursors and not scarce:
@@ -1360,19 +1389,22 @@ class Follower:
 
         least = HORIZON // PAGE if whole else 1
         walk = walk_back(first, ask, target, may_ask, least=least)
+        log.debug("r/%s: %d posts on %d pages", "+".join(names), len(walk.posts), walk.pages)
         if len(names) == len(self.due):
             pace.rate = listing_rate(walk.posts)
         if cursors and not whole:
             pace.pages = walk.pages
         return walk
 
-    def _full_walk_due(self, name: str, cursor: Cursor, rate: float) -> bool:
-        pace, pages = self.pace, HORIZON // PAGE
-        lasts = pace.now() - self.begun + self.asker.reddit.seconds_for(pages)
-        if pace.is_scarce() or not can_wait(rate, lasts):
-            return False
-        turn, turns = self.names.index(name), len(self.names)
-        return full_walk_due(cursor.polled_utc, self.clock.time(), rate, pace.carried, turn, turns)
+    def _full_walk_turn(self, cursors: list[Cursor], rate: float) -> str:
+        """Give the name whose whole listing is to be read now, or an empty string."""
+        reddit = self.asker.reddit
+        lasts = self.clock.monotonic() - self.begun + reddit.seconds_for(HORIZON // PAGE)
+        if self.pace.is_scarce() or not can_wait(rate, lasts):
+            return ""
+        polled, now = max(cursor.polled_utc for cursor in cursors), self.clock.time()
+        turn = full_walk_turn(polled, now, rate, reddit.budget_rate(), len(self.names))
+        return "" if turn is None else self.names[turn]
 
     def _set_aside(self, name: str, what: str) -> None:
         """Drop a name that never could be read; ask again later for one that could."""
@@ -1907,4 +1939,5 @@ def load(
         stored = database.execute_many(insert_statement(database.columns), values)
         database.execute_many(NAME_GAP, gaps)  # before the cursor moves: it looks at it
         database.execute_many(MOVE_CURSOR, moves)
+    log.debug("%d posts stored, %d gaps named", stored, len(gaps))
     return stored

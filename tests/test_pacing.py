@@ -27,7 +27,7 @@ from pipeline import (
     backoff,
     can_wait,
     carries,
-    full_walk_due,
+    full_walk_turn,
     learned,
     listing_rate,
     look_back,
@@ -469,12 +469,13 @@ def test_a_larger_budget_never_shortens_the_look_back(rate, budget, more):
     assert look_back([], rate, budget) <= look_back([], rate, budget + more)
 
 
-def full_walks(times, rate, budget, turn=0, turns=1):
-    """Give the times at which a walk goes through the whole listing."""
+def full_walks(times, rate, budget, names=1):
+    """Give the times of the full walks, and the number of the name."""
     polled, walks = times[0], []
     for now in times[1:]:
-        if full_walk_due(polled, now, rate, budget, turn, turns):
-            walks.append(now)
+        turn = full_walk_turn(polled, now, rate, budget, names)
+        if turn is not None:
+            walks.append((now, turn))
         polled = now
     return walks
 
@@ -498,11 +499,19 @@ def test_the_whole_listing_is_walked_as_age_and_budget_allow(rate, budget, walks
     assert len(full_walks(DAY, rate, budget)) == pytest.approx(walks, abs=1)
 
 
-@pytest.mark.parametrize(("turns", "walks"), [(2, 288), (3, 288), (4, 144), (11, 72)])
-def test_several_listings_take_turns_within_a_tenth_of_the_budget(turns, walks):
-    each = [full_walks(DAY, 1.0, 1.0, turn, turns) for turn in range(turns)]
-    assert [len(times) for times in each] == pytest.approx([walks] * turns, abs=1)
-    assert sum(len(times) for times in each) == len({at for times in each for at in times})
+@pytest.mark.parametrize(("names", "walks"), [(2, 288), (3, 288), (4, 144), (11, 72)])
+def test_several_names_take_turns_within_a_tenth_of_the_budget(names, walks):
+    counts = Counter(turn for _, turn in full_walks(DAY, 1.0, 1 / 3, names))
+    assert sum(counts.values()) == pytest.approx(288, abs=1)
+    assert max(counts.values()) - min(counts[n] for n in range(names)) <= 2
+
+
+@pytest.mark.parametrize("names", [2, 3, 6, 12, 60])
+@pytest.mark.parametrize("hours", [1, 24])
+def test_a_rare_run_meets_every_name_in_time(names, hours):
+    runs = [NOW + n * hours * HOUR for n in range(20 * names)]
+    counts = Counter(turn for _, turn in full_walks(runs, 1 / 300, 1.0, names))
+    assert len(counts) == names
 
 
 @pytest.mark.parametrize(
