@@ -163,12 +163,16 @@ class Access(NamedTuple):
 
 
 class Page(NamedTuple):
-    """One answer of a listing: posts as listed, anchor of the next page, server time."""
+    """One answer of a listing: posts as listed, anchor of the next page, server time.
+
+    `tells_end`: on the last page `after` is None. A feed does not tell.
+    """
 
     posts: list[Post]
     after: str | None = None
     things: int = 0
     utc: float = 0.0
+    tells_end: bool = True
 
 
 class Walk(NamedTuple):
@@ -461,7 +465,7 @@ def read_feed(body: bytes, utc: float) -> Page | None:
     entries = [feed_post(entry) for entry in root.findall("entry", _ATOM)]
     posts = listed_posts({"kind": post["name"][:2], "data": post} for post in entries)
     names = [post["name"] for post in entries if post["name"]]
-    return Page(posts, names[-1] if names else None, len(entries), utc)
+    return Page(posts, names[-1] if names else None, len(entries), utc, tells_end=False)
 
 
 def feed_post(entry: Any) -> Post:
@@ -1018,26 +1022,26 @@ def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]
 
     An empty page is a lost anchor (that post was removed meanwhile, or new ones pushed it
     out), so the items before it are tried as anchors; if all are lost, the listing is read
-    anew, once. A feed names no end: it is where one of the near ones works, behind which
-    a page has room for more than is known, and shows nothing else. A page that holds its
-    own anchor comes from somebody who does not look at anchors.
+    anew, once. A feed names no end: it is where one of the last posts works, so few that a
+    page has room for more behind it, and shows no others. A page that holds its own anchor
+    comes from somebody who does not look at anchors.
     """
     page, read, tops, size = first, list[Post](), [None], 0
     while page.after is not None:
         yield page
         read += page.posts
         size = max(size, len(page.posts))
-        known = {post["id"] for post in read}
-        near = [fullname(post) for post in read[-1 - 3 * size // 4 : -1]] or tops
+        last = [fullname(post) for post in read[-max(2, 3 * size // 4) :]]
         for anchor in (page.after, *earlier_anchors(read), *tops):
             page = ask(anchor)
             if page.things:
                 break
-        if not page.things or anchor in [fullname(post) for post in page.posts]:
+        shown = [fullname(post) for post in page.posts]
+        if not page.things or anchor in shown:
             return
         if anchor is None and len(read) > 1:
             read, tops = [], []
-        elif anchor in near and known.issuperset(post["id"] for post in page.posts):
+        elif not page.tells_end and anchor in (last[:-1] or tops) and set(shown) <= set(last):
             page = page._replace(after=None)
     yield page
 
