@@ -1213,7 +1213,7 @@ class Asker:
             log.log(level, "waiting %.0f s for the budget", math.ceil(seconds))
             self.waited += seconds
             self.gives_up += seconds
-            self.clock.sleep(seconds)
+            self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
 
     def tell(self, message: str) -> None:
         """Warn of what changed; a single run ends with one line that says it all."""
