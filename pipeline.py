@@ -559,9 +559,8 @@ def spacing(budget: Budget, now: float) -> tuple[int, float]:
     factor = 2 ** slowed(budget, now)
     if budget.total and factor == 1:
         return UNLIMITED
-    per_minute = max(budget.per_minute, budget.total * 60 / WINDOW)
-    burst = max(1, int(per_minute // factor))
-    return burst, burst * factor * 60.0 / per_minute
+    burst = max(1, budget.per_minute // factor)
+    return burst, burst * factor * 60.0 / budget.per_minute
 
 
 def current(budget: Budget, now: float) -> Budget:
@@ -745,25 +744,25 @@ def lateness_seen(lateness: Sequence[float]) -> int:
 
 
 def full_walk_turn(
-    polled_utc: float, now: float, rate: float, budget_rate: float, names: int = 1
+    polled_utc: Sequence[float], now: float, rate: float, budget_rate: float
 ) -> int | None:
     """Give the number of the name whose whole listing is due, for what was approved late.
 
-    Names take turns of equal length, in an order that is drawn anew for each round: else
-    a run once a day might meet the same one each day. A round takes as long as a page
-    covers, at least 5 minutes, and a full walk is a tenth of a turn's budget. A turn is
-    used at the first poll in it, so that nothing need be remembered, and a restart or
-    another run does not repeat it.
+    `polled_utc`: when each name was polled last. Names take turns of equal length, in an
+    order that is drawn anew for each round: else a run once a day might meet the same one
+    each day. A round takes as long as a page covers, at least 5 minutes, and a full walk
+    is a tenth of a turn's budget. A turn is used at the name's first poll in it, so that
+    nothing need be remembered, and a restart or another run does not repeat it.
     """
+    names = len(polled_utc)
     shortest = max(300.0, covers(rate)) / names
     shortest = max(shortest, HORIZON / PAGE / max(0.1 * budget_rate, 1e-9))
     if not math.isfinite(shortest):
         return None
     length = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
-    if now // length == polled_utc // length:
-        return None
     of_all, turn = divmod(int(now // length), names)
-    return random.Random(of_all).sample(range(names), names)[turn]
+    name = random.Random(of_all).sample(range(names), names)[turn]
+    return None if now // length == polled_utc[name] // length else name
 
 
 LONGEST_FULL_WALK = 120.0  # seconds
@@ -1023,24 +1022,30 @@ def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]
     An empty page is a lost anchor (that post was removed meanwhile, or new ones pushed it
     out), so the items before it are tried as anchors; if all are lost, the listing is read
     anew, once. A feed names no end: it is where one of the last posts works, so few that a
-    page has room for more behind it, and shows no others. A page that holds its own anchor
-    comes from somebody who does not look at anchors.
+    page has room for more behind it, and shows no others. Ten pages in a row are all that
+    was listed when the first came. A page that holds its own anchor comes from somebody
+    who does not look at anchors.
     """
     page, read, tops, size = first, list[Post](), [None], 0
+    in_a_row = 1
     while page.after is not None:
         yield page
         read += page.posts
+        if in_a_row == HORIZON // PAGE and len(read) >= FULL:
+            return
         size = max(size, len(page.posts))
-        last = [fullname(post) for post in read[-max(2, 3 * size // 4) :]]
-        for anchor in (page.after, *earlier_anchors(read), *tops):
+        after, last = page.after, [fullname(post) for post in read[-max(2, 3 * size // 4) :]]
+        for anchor in (after, *earlier_anchors(read), *tops):
             page = ask(anchor)
             if page.things:
                 break
         shown = [fullname(post) for post in page.posts]
         if not page.things or anchor in shown:
             return
+        in_a_row = in_a_row + 1 if anchor == after else -RUNAWAY
         if anchor is None and len(read) > 1:
-            read, tops = [], []
+            read, in_a_row = [], 1
+            tops = [] if len(shown) > 1 else tops
         elif not page.tells_end and anchor in (last[:-1] or tops) and set(shown) <= set(last):
             page = page._replace(after=None)
     yield page
@@ -1294,7 +1299,7 @@ class Follower:
             listed.update(str(post.get("subreddit") or "").lower() for post in walk.posts)
             cursors |= self.memory.cursors(names)  # another process may have moved them
             late = lateness_seen(self.pace.lateness)
-            turn = self._full_walk_turn(list(cursors.values()), self.pace.rate or 0.0)
+            turn = self._full_walk_turn(cursors, self.pace.rate or 0.0)
             alone = [
                 name
                 for name in names
@@ -1304,8 +1309,10 @@ class Follower:
             ]
             yield self._batch(walk, {n: cursors[n] for n in names if n not in alone})
         self.behind = set(alone)
+        self.empty.difference_update(set(names) - self.behind)
         # The busiest can wait least; but a single run may not come to the last ones.
-        urgency = {n: cursors[n].polled_utc if self.asker.once else -listed[n] for n in alone}
+        by_age = self.asker.once or not listed
+        urgency = {n: cursors[n].polled_utc if by_age else -listed[n] for n in alone}
         for name in sorted(alone, key=urgency.__getitem__):
             yield from self._walk_alone(name, cursors[name], newest_utc, whole=name == turn)
             self.behind.discard(name)
@@ -1340,6 +1347,9 @@ class Follower:
             self.empty.discard(name)
         else:  # Reddit may only have been silent: its cursor stays until it shows nothing twice
             self.empty.add(name)
+            if joint_utc and self.asker.once:
+                yield from self._walk_alone(name, cursor, joint_utc)
+                return
             joint_utc = 0
         yield self._batch(walk, {name: cursor}, gaps, joint_utc)
         self.gaps += len(gaps)
@@ -1375,13 +1385,14 @@ class Follower:
         pace.begun = pace.now()
         first = asker.newest_page(names, expected=bool(cursors))
         pace.carried = asker.reddit.carries()
-        polls = asker.reddit.budget.total // 2 if len(self.names) > 1 else 0
+        no_polls = asker.once or len(self.names) == 1
+        polls = 0 if no_polls else asker.reddit.budget.total // 2
         deepest = (1 + asker.reddit.at_once() - polls) // sharers
         rate = max(listing_rate(first.posts), pace.rate or 0.0)
         oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
         target = oldest - look_back(pace.lateness, rate, pace.carried)
-        if cursors and len(self.names) == 1:
-            whole = bool(self._full_walk_turn(cursors, rate))
+        if len(names) == len(cursors) == 1 and not whole:
+            whole = bool(self._full_walk_turn({names[0]: cursors[0]}, rate))
 
         def may_ask(pages: int) -> bool:
             if cursors and not scarce:
@@ -1400,14 +1411,15 @@ class Follower:
             pace.pages = walk.pages
         return walk
 
-    def _full_walk_turn(self, cursors: list[Cursor], rate: float) -> str:
-        """Give the name whose whole listing is to be read now, or an empty string."""
+    def _full_walk_turn(self, cursors: Mapping[str, Cursor], rate: float) -> str:
+        """Give which of some names is to be read whole now, or an empty string."""
         reddit = self.asker.reddit
         lasts = self.clock.monotonic() - self.begun + reddit.seconds_for(HORIZON // PAGE)
         if self.pace.is_scarce() or not can_wait(rate, lasts):
             return ""
-        polled, now = max(cursor.polled_utc for cursor in cursors), self.clock.time()
-        turn = full_walk_turn(polled, now, rate, reddit.budget_rate(), len(self.names))
+        now = self.clock.time()
+        polled = [cursors[name].polled_utc if name in cursors else now for name in self.names]
+        turn = full_walk_turn(polled, now, rate, reddit.budget_rate())
         return "" if turn is None else self.names[turn]
 
     def _set_aside(self, name: str, what: str) -> None:

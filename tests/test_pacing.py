@@ -473,7 +473,7 @@ def full_walks(times, rate, budget, names=1):
     """Give the times of the full walks, and the number of the name."""
     polled, walks = times[0], []
     for now in times[1:]:
-        turn = full_walk_turn(polled, now, rate, budget, names)
+        turn = full_walk_turn([polled] * names, now, rate, budget)
         if turn is not None:
             walks.append((now, turn))
         polled = now
@@ -520,6 +520,16 @@ def test_a_rare_run_meets_every_name_in_time(names, hours):
 )
 def test_what_is_listed_waits_for_a_full_walk_while_the_listing_holds_it(rate, seconds, can):
     assert can_wait(rate, seconds) is can
+
+
+def test_a_turn_is_used_by_a_poll_of_its_own_name_alone():
+    now = NOW + 1000.0
+    turn = full_walk_turn([NOW, NOW], now, 1.0, 1.0)
+    polled = [now, now]
+    assert turn is not None
+    polled[turn] = float(NOW)
+    assert full_walk_turn(polled, now, 1.0, 1.0) == turn
+    assert full_walk_turn([now, now], now, 1.0, 1.0) is None
 
 
 def test_a_restart_repeats_no_full_walk():

@@ -508,6 +508,39 @@ def test_the_end_of_a_feed_is_found_though_new_posts_push_it_out(world):
     assert len(world.gaps()) == 1
 
 
+def test_ten_pages_in_a_row_are_the_whole_of_a_feed(world):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.access = pipeline.Access()  # ten requests a minute: the next one would wait
+    world.reddit.anonymous_json_blocked = True
+    world.list_posts("old", 20, -100, 1, **feed)
+    stream = world.follow()
+    next(stream)
+    world.clock.advance(2000)
+    world.list_posts("new", 1200, 801, 1, **feed)
+    asked = len(world.asked())
+    next(stream)
+    assert len(world.asked(asked)) == 10
+    assert world.gaps() == [("python", T - 81 - 30, T + 1001 + 9)]
+
+
+@pytest.mark.parametrize(("old", "new", "removed"), [(0, 2, 1), (0, 11, 10), (2, 1, 2)])
+def test_a_feed_of_which_one_post_is_left_is_no_gap(world, old, new, removed):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.access = pipeline.Access()
+    world.reddit.anonymous_json_blocked = True
+    world.list_posts("first", 3, -100, 1, **feed)
+    world.once()
+    for n in range(3):
+        world.reddit.remove(f"first{n}")
+    world.list_posts("old", old, -60, 1, **feed)
+    world.clock.advance(300)
+    world.list_posts("new", new, 100, 1, **feed)
+    ids = [f"old{n}" for n in range(old)] + [f"new{n}" for n in range(new)]
+    world.before(2, lambda: [world.reddit.remove(i) for i in ids[:removed]])
+    world.once()
+    assert world.gaps() == []
+
+
 def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_only(world):
     world.list_posts("old", 20, -100, 1)
     world.once()
@@ -807,6 +840,64 @@ def test_a_name_that_is_empty_is_not_far_behind_for_ever(world):
     assert world.asked(asked) == ["python+rust"]
 
 
+def test_a_name_that_is_empty_does_not_make_every_single_run_long(world):
+    world.list_posts("busy", 1200, -1300, 1)
+    world.once("python", "rust")
+    world.clock.advance(3000)
+    world.list_posts("more", 1200, 1800, 1)
+    world.once("python", "rust")
+    asked = len(world.asked())
+    world.once("python", "rust")
+    assert world.asked(asked) == ["python+rust"]
+
+
+def test_a_name_that_turns_private_keeps_none_of_many_from_being_walked(world):
+    names = [f"quiet{n}" for n in range(40)]
+    world.reddit.create(*names)
+    for name in names:
+        world.list_posts(f"{name}x", 20, -9000, 100, subreddit=name)
+    world.reddit.joint_refused = True
+    world.access = pipeline.Access()  # ten requests a minute
+    world.once(*names)
+    world.reddit.refuse("quiet39", "private")
+    world.clock.advance(300)
+    for name in names:
+        world.list_posts(f"{name}y", 1, 290, 1, subreddit=name)
+    stream = world.follow(*names)
+    for _ in range(60):
+        next(stream)
+    assert len([i for i in world.stored() if "y" in i]) == 39
+
+
+def test_names_that_can_only_be_walked_alone_are_walked_in_full_in_turns(world):
+    world.list_posts("p", 300, -3000, 10)
+    world.list_posts("r", 300, -3000, 10, subreddit="rust")
+    world.reddit.create("closed")
+    world.once("python", "rust", "closed")
+    world.reddit.refuse("closed", "private")
+    world.reddit.joint_refused = True
+    world.reddit.add(listed("approved", -2500))
+    world.reddit.add(listed("too", -2500, "rust"))
+    for _ in range(30):
+        world.clock.advance(300)
+        with contextlib.suppress(pipeline.Gone):
+            world.once("python", "rust", "closed")
+    assert {"approved", "too"} <= set(world.stored())
+
+
+def test_another_process_does_not_use_up_the_others_turns(world):
+    world.list_posts("p", 300, -3000, 10)
+    world.list_posts("r", 300, -3000, 10, subreddit="rust")
+    world.once("python", "rust")
+    world.reddit.add(listed("approved", -2500, "rust"))
+    for n in range(60):
+        world.clock.advance(60)
+        world.once("python")
+        if n % 5 == 0:
+            world.once("python", "rust")
+    assert "approved" in world.stored()
+
+
 def test_one_full_walk_is_made_a_poll(world):
     names = [f"quiet{n}" for n in range(12)]
     world.reddit.create(*names)
@@ -887,6 +978,14 @@ def test_new_names_share_what_the_budget_allows_without_waiting(world):
     world.list_posts("r", 1200, -1200, 1, subreddit="rust")
     stream = world.follow("python", "rust")
     assert [len(next(stream).posts) for _ in range(2)] == [300, 300]
+    assert world.clock.time() == T
+
+
+def test_new_names_of_a_single_run_share_all_that_the_budget_allows(world):
+    world.reddit.budgets["oauth"] = Budget(12)
+    world.list_posts("p", 1200, -1200, 1)
+    world.list_posts("r", 1200, -1200, 1, subreddit="rust")
+    assert [len(batch.posts) for batch in world.once("python", "rust")] == [600, 600]
     assert world.clock.time() == T
 
 
