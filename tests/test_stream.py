@@ -104,6 +104,13 @@ class World:
         return [f"{names} after {after[3:]}" if after else names for names, after in seen[start:]]
 
 
+def another(world: World) -> World:
+    """Give another process on the same database and the same Reddit."""
+    other = World(world.path)
+    other.reddit, other.serve = world.reddit, world.serve
+    return other
+
+
 @pytest.fixture
 def world(tmp_path) -> Iterator[World]:
     world = World(str(tmp_path / "posts.db"))
@@ -1041,8 +1048,7 @@ def test_another_redpipe_that_was_faster_leaves_no_duplicate(world):
 
 def overtaken(world: World) -> None:
     """Start a poll; before its first answer another one ends, then many posts come."""
-    other = World(world.path)
-    other.reddit, other.serve = world.reddit, world.serve
+    other = another(world)
 
     def overtake() -> None:
         with other.database:
@@ -1072,8 +1078,7 @@ def test_a_slow_first_poll_names_the_gap_behind_the_poll_that_overtook_it(world)
 
 def test_a_slow_poll_repeats_no_gap_of_the_poll_that_overtook_it(world):
     lose_posts(world)
-    other = World(world.path)
-    other.reddit, other.serve = world.reddit, world.serve
+    other = another(world)
     world.before(3, other.once)
     with other.database:
         world.once()
@@ -1082,8 +1087,7 @@ def test_a_slow_poll_repeats_no_gap_of_the_poll_that_overtook_it(world):
 
 def test_a_walk_that_began_anew_names_no_gap_that_its_first_pages_had_passed(world):
     world.list_posts("p", 1000, -200, 0.2)
-    other = World(world.path)
-    other.reddit, other.serve = world.reddit, world.serve
+    other = another(world)
 
     def overtake() -> None:
         with other.database:
