@@ -332,7 +332,7 @@ def share_done(file: "BinaryIO") -> str:
 
 def freshness(reddit: "Reddit", batch: "Batch") -> str:
     """Say how far behind the newest post is, and what is left of the budget."""
-    newest = max((cursor.newest_utc for cursor in batch.cursors.values()), default=0)
+    newest = max((cursor.newest_utc for cursor in batch.cursors), default=0)
     behind = max(0, int(reddit.clock.time()) - newest)
     return f"newest {behind:,} s ago, {reddit.at_once()} requests left"
 

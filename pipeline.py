@@ -3,8 +3,9 @@
     Reddit --> stream() --> transform() --> load() --> SQLite
     a file --> read_file() --^ posts         ^ rows     ^ transactions
 
-A walk reads a listing from its newest page back past the cursor, the time up
-to which everything listed is stored. Its posts, oldest first, and the cursors
+Each name is a listing of its own. A walk reads it from its newest page back past
+its cursor, the time up to which everything listed is stored. Its posts, oldest
+first, and the cursor
 it moves make one Batch, and `load` commits a Batch in one transaction. So there
 is never a hole behind a cursor, whenever the process dies: a walk that did not
 finish moved nothing, and what a finished one could not reach is a row in `gaps`.
@@ -32,9 +33,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from operator import itemgetter
-from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote_plus, urlsplit
 
 Post = dict[str, Any]
@@ -47,9 +48,9 @@ PAGE = 100  # posts a page: `limit` is clamped to 1..100 (reddit-archive, valida
 HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # Removed items leave a listing, 900-odd is common (BDFR issues 57 and 195): one
 # that ends below this many was short by itself, one above may have been cut.
-FULL = 750
+SHORT = 750
 STEADY = 1.0  # seconds in which few posts are listed, of all of Reddit too
-RUNAWAY = 5 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
+RUNAWAY = 4 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
 CONNECT_TIMEOUT = 5.0  # seconds
 READ_TIMEOUT = 10.0
@@ -110,6 +111,10 @@ class AskAgain(Failed):
     """Ask again as soon as the budget allows: this was no failure."""
 
 
+class Unanswered(RedpipeError):
+    """A page did not come, for now; those of other listings may."""
+
+
 class Refused(RedpipeError):
     """Reddit refuses the credentials, or blocks this address."""
 
@@ -162,6 +167,16 @@ class Access(NamedTuple):
     user_agent: str = "redpipe"
 
 
+class Doing(NamedTuple):
+    """What is going on, in words, and until when by the monotonic clock.
+
+    None: for as long as it takes.
+    """
+
+    what: str
+    until: float | None = None
+
+
 class Page(NamedTuple):
     """One answer of a listing: posts as listed, anchor of the next page, server time.
 
@@ -178,45 +193,52 @@ class Page(NamedTuple):
 class Walk(NamedTuple):
     """What one walk back read: posts as listed, and how it ended.
 
-    `complete`: it passed its target, or the listing held nothing more.
-    `edge`: what was listed at `utc` was read back to this created_utc (inf: no post).
+    `complete`: it passed its target, or the listing held nothing more. `reached`: all that
+    was listed at `utc` and created after this was read (inf: no post).
     """
 
     posts: list[Post]
     complete: bool
-    edge: float
-    pages: int
+    reached: float
     utc: float
 
 
 class Cursor(NamedTuple):
-    """How far a subreddit is stored without a hole; UTC seconds."""
+    """How far a subreddit is stored without a hole; a row of `cursors`, UTC seconds."""
 
+    subreddit: str
     since_utc: int
     newest_utc: int
     polled_utc: int
 
 
 class Gap(NamedTuple):
-    """What a listing no longer held; both bounds inclusive, UTC seconds.
+    """What a listing no longer held: from `lag` seconds before the cursor up to `before_utc`.
 
-    `after_utc` counts from `cursor_utc`: when another process has moved the cursor on
-    meanwhile, the gap begins as much later, or is none.
+    The cursor counts as it stands when the gap is stored: when another process has moved it
+    on meanwhile, the gap begins as much later, or is none.
     """
 
     subreddit: str
-    after_utc: int
+    lag: int
     before_utc: int
     noticed_utc: int
-    cursor_utc: int
 
 
 class Batch(NamedTuple):
     """What one transaction stores: new posts, oldest first, and what they prove."""
 
     posts: Iterable[Post]
-    cursors: Mapping[str, Cursor] = MappingProxyType({})
+    cursors: Sequence[Cursor] = ()
     gaps: Sequence[Gap] = ()
+
+
+class Memory(Protocol):
+    """What a follower asks of the database."""
+
+    def cursor(self, name: str) -> Cursor | None: ...
+    def rates(self) -> Mapping[str, float]: ...
+    def unstored(self, posts: Sequence[Post]) -> list[Post]: ...
 
 
 class Field(NamedTuple):
@@ -313,6 +335,20 @@ def listed_posts(children: Iterable[Any]) -> list[Post]:
     return [post for post in map(usable, t3_data(children)) if post]
 
 
+def oldest_first(posts: Iterable[Post]) -> list[Post]:
+    return sorted(posts, key=lambda post: (created(post) or 0, len(post["id"]), post["id"]))
+
+
+def listing_rate(posts: Sequence[Post]) -> float:
+    """Return the posts a second that a listing shows, by its newer half; 0 for one post.
+
+    The half keeps out what was approved late; a second is the times' resolution.
+    """
+    times = sorted(times_of(posts), reverse=True)
+    half = len(times) // 2
+    return half / max(1, times[0] - times[half]) if half else 0.0
+
+
 # --- Answers ------------------------------------------------------------------
 
 # Who is asked: the API with a token, the anonymous JSON, the feed; and for a token.
@@ -323,7 +359,7 @@ LISTING, TOKEN, DENIAL, OBJECT, SEARCH, OTHER = range(6)
 ANY = None
 # What to do about it.
 GOOD, RENEW, TAKE_FEED, WAIT, RETRY = "good", "renew", "take feed", "wait", "retry"
-REFUSED, GONE, BAD_USAGE = "final 77", "final 69", "final 64"
+REFUSED, GONE = "final 77", "final 69"
 
 
 class Rule(NamedTuple):
@@ -354,7 +390,6 @@ RULES = (
     Rule(404, OBJECT,  ANY,   GONE,      "cannot be read: {reason} (404)"),
     Rule(403, OTHER,   JSON,  TAKE_FEED, "Reddit blocks anonymous JSON (403); taking the feed"),
     Rule(403, OTHER,   ANY,   REFUSED,   "Reddit blocks this address, or the app (403)"),
-    Rule(414, ANY,     ANY,   BAD_USAGE, "too many names for one listing (414)"),
     Rule(ANY, OBJECT,  ANY,   RETRY,     "status {status}, no listing: {reason}"),
     Rule(ANY, ANY,     ANY,   RETRY,     "status {status}, no listing: {kind}"),
 )
@@ -511,148 +546,138 @@ def url_path(url: str) -> str:
 
 # --- Pacing -------------------------------------------------------------------
 
+FORGIVEN = 3600.0  # seconds after which one halving is taken back
+LONGEST_ADVICE = 86400.0  # seconds; a Retry-After beyond it is a mistake
 
-class Budget(NamedTuple):
-    """What may be asked; all times are one monotonic clock's seconds.
 
-    `sent`: when the last requests went out. `total`, `remaining`, `resets_at`: the
-    window as x-ratelimit-* told it; `total` 0: never told. `refusals`: the 429s in
-    a row. `doublings`: how often a 429 without advice, or while no window is known, has
-    doubled the spacing, the last time at `doubled_at`.
+class Window(NamedTuple):
+    """A budget that x-ratelimit-* told: so many requests until a reset, then anew.
+
+    Times are one monotonic clock's seconds. `length` is the longest reset that was told:
+    windows of 600 s have been seen, a proxy may have others.
+    """
+
+    total: float = 0.0
+    remaining: float = 0.0
+    resets_at: float = 0.0
+    length: float = 0.0
+
+    def current(self, now: float) -> Window:
+        """Return the window of this moment: a new one when the old one is over."""
+        if now < self.resets_at:
+            return self
+        return self._replace(remaining=self.total, resets_at=now + self.length)
+
+    def spend(self, now: float) -> Window:
+        """Count one request that goes out now."""
+        current = self.current(now)
+        return current._replace(remaining=current.remaining - 1)
+
+    def wait(self, requests: int, now: float) -> float:
+        """Return the seconds until so many requests, or a whole window's, may follow at once."""
+        current = self.current(now)
+        enough = current.remaining >= max(1, min(requests, int(self.total)))
+        return 0.0 if enough else current.resets_at - now
+
+    def free(self, now: float) -> int:
+        """Return how many requests may follow without waiting."""
+        return max(0, int(self.current(now).remaining))
+
+    def rate(self, now: float) -> float:
+        """Return the requests a second that the rest of the window carries, one at least."""
+        current = self.current(now)
+        return max(1.0, current.remaining) / max(1.0, current.resets_at - now)
+
+
+class Assumed(NamedTuple):
+    """A budget while none is told: `per_minute` requests in any 60 s, halved by each 429.
+
+    `sent`: when the last requests went out. The least is one request in about 100 s; one
+    halving is taken back an hour after the last, and so on.
     """
 
     per_minute: int
     sent: tuple[float, ...] = ()
-    total: float = 0.0
-    remaining: float = 0.0
-    resets_at: float = 0.0
+    halvings: int = 0
+    halved_at: float = 0.0
+
+    def in_force(self, now: float) -> int:
+        """Return the halvings that are not taken back yet."""
+        return max(0, self.halvings - int((now - self.halved_at) // FORGIVEN))
+
+    def quota(self, now: float) -> tuple[int, float]:
+        """Return how many requests may go out within how many seconds."""
+        factor = 2 ** self.in_force(now)
+        burst = max(1, self.per_minute // factor)
+        return burst, burst * factor * 60.0 / self.per_minute
+
+    def spend(self, now: float) -> Assumed:
+        return self._replace(sent=(*self.sent, now)[-self.per_minute :])
+
+    def wait(self, requests: int, now: float) -> float:
+        """Return the seconds until so many requests, or a whole quota, may follow at once."""
+        burst, seconds = self.quota(now)
+        younger = burst - min(requests, burst)  # that many may be; the one before them may not
+        if len(self.sent) <= younger:
+            return 0.0
+        return max(0.0, self.sent[-1 - younger] + seconds - now)
+
+    def free(self, now: float) -> int:
+        burst, seconds = self.quota(now)
+        return max(0, burst - sum(at + seconds > now for at in self.sent))
+
+    def rate(self, now: float) -> float:
+        burst, seconds = self.quota(now)
+        return burst / seconds
+
+    def halve(self, now: float) -> Assumed:
+        """Assume half as much from now on."""
+        most = int(math.log2(self.per_minute)) + 1
+        return self._replace(halvings=min(most, self.in_force(now) + 1), halved_at=now)
+
+
+class Budget(NamedTuple):
+    """What may be asked: what is known, what was advised, and the 429s in a row."""
+
+    known: Window | Assumed
     not_before: float = 0.0
     refusals: int = 0
-    doublings: int = 0
-    doubled_at: float = 0.0
 
+    def spend(self, now: float) -> Budget:
+        """Count one request that goes out now."""
+        return self._replace(known=self.known.spend(now))
 
-WINDOW = 600.0  # seconds of Reddit's windows, fixed to the wall clock (r2/lib/ratelimit.py)
-LONGEST_ADVICE = 86400.0  # seconds; a Retry-After beyond it is a mistake
+    def wait(self, requests: int, now: float) -> float:
+        """Return the seconds until so many requests, or as many as ever, may follow at once."""
+        return max(0.0, self.not_before - now, self.known.wait(requests, now))
 
+    def free(self, now: float) -> int:
+        """Return how many requests may follow without waiting."""
+        return self.known.free(now) if now >= self.not_before else 0
 
-UNLIMITED = (10**6, 1.0)
-
-
-def caution(budget: Budget) -> tuple[int, float]:
-    """Give the most doublings of the spacing, and the seconds after which one is taken back.
-
-    A window that is known tells what is left: a 429 that says nothing is not about it.
-    Where nothing is known, one request in about 100 s is the slowest.
-    """
-    return (3, WINDOW) if budget.total else (int(math.log2(budget.per_minute)) + 1, 3600.0)
-
-
-def slowed(budget: Budget, now: float) -> int:
-    """Give the doublings of the spacing that are not forgiven yet."""
-    _, forgive = caution(budget)
-    return max(0, budget.doublings - int((now - budget.doubled_at) // forgive))
-
-
-def spacing(budget: Budget, now: float) -> tuple[int, float]:
-    """Give how many requests may go out within how many seconds, whatever headers say."""
-    factor = 2 ** slowed(budget, now)
-    if budget.total and factor == 1:
-        return UNLIMITED
-    burst = max(1, budget.per_minute // factor)
-    return burst, burst * factor * 60.0 / budget.per_minute
-
-
-def current(budget: Budget, now: float) -> Budget:
-    """Begin a new window when the old one is over."""
-    if budget.total and now >= budget.resets_at:
-        return budget._replace(remaining=budget.total, resets_at=now + WINDOW)
-    return budget
-
-
-def spent(budget: Budget, now: float) -> Budget:
-    """Count one request that goes out now."""
-    budget = current(budget, now)
-    sent = (*budget.sent, now)[-budget.per_minute :]
-    return budget._replace(sent=sent, remaining=budget.remaining - 1)
-
-
-def wait_for(budget: Budget, pages: int, now: float) -> float:
-    """Give the seconds until `pages` requests may follow at once.
-
-    More pages than a whole window holds are waited for as a whole window.
-    """
-    budget = current(budget, now)
-    until = budget.not_before
-    if budget.total and budget.remaining < max(1, min(pages, int(budget.total))):
-        until = max(until, budget.resets_at)
-    burst, seconds = spacing(budget, now)
-    free = burst - min(pages, burst)
-    if len(budget.sent) > free:
-        until = max(until, budget.sent[-1 - free] + seconds)
-    return max(0.0, until - now)
-
-
-def seconds_for(budget: Budget, pages: int, now: float) -> float:
-    """Give the seconds until so many requests have gone out, one by one."""
-    burst, seconds = spacing(budget, now)
-    bursts = math.ceil(pages / burst)
-    return wait_for(budget, pages, now) + (bursts - 1) * seconds
-
-
-def at_once(budget: Budget, now: float) -> int:
-    """Give how many requests may follow without waiting."""
-    budget = current(budget, now)
-    burst, seconds = spacing(budget, now)
-    pages = burst - sum(1 for at in budget.sent if at + seconds > now)
-    if budget.total:
-        pages = min(pages, int(budget.remaining))
-    return max(0, pages) if now >= budget.not_before else 0
-
-
-def carries(budget: Budget, now: float) -> float:
-    """Give the requests a second that the rest of the window carries."""
-    budget = current(budget, now)
-    burst, seconds = spacing(budget, now)
-    told = max(0.0, budget.remaining) / max(1.0, budget.resets_at - now)
-    return min(told, burst / seconds) if budget.total else burst / seconds
-
-
-def window_left(budget: Budget, now: float) -> float:
-    """Give the seconds until the budget is new."""
-    return current(budget, now).resets_at - now if budget.total else WINDOW
-
-
-def learned(budget: Budget, answer: Answer, now: float, utc: float) -> Budget:
-    """Take in what an answer says of the budget; `utc` is the server's time."""
-    remaining, reset, used = (
-        number(answer.headers.get(f"x-ratelimit-{key}")) for key in ("remaining", "reset", "used")
-    )
-    advice = retry_after(answer.headers.get("retry-after"), utc)
-    if remaining is not None and reset is not None:
-        if remaining >= 1:  # past the limit `used` goes on growing
-            budget = budget._replace(total=remaining + (used or 0.0))
-        else:
-            advice = max(advice or 0.0, reset + 1)
-        # `reset` is whole seconds, cut or rounded: one more is sure to be past it.
-        budget = budget._replace(remaining=remaining, resets_at=now + reset + 1)
-    refusals = budget.refusals + 1 if answer.status == 429 else 0
-    if refusals > 1 and advice is not None:  # the advice was too short
-        advice = max(advice, 2.0 ** min(refusals, 6))
-    if advice is not None:
-        budget = budget._replace(not_before=now + min(max(1.0, advice), LONGEST_ADVICE))
-    if refusals and (advice is None or not budget.total):
-        budget = doubled(budget, now)
-    return budget._replace(refusals=refusals)
-
-
-def doubled(budget: Budget, now: float) -> Budget:
-    """Double the spacing, and wait at least that long."""
-    most, _ = caution(budget)
-    doublings = min(most, slowed(budget, now) + 1)
-    budget = budget._replace(doublings=doublings, doubled_at=now)
-    burst, seconds = spacing(budget, now)
-    return budget._replace(not_before=max(budget.not_before, now + seconds / burst))
+    def learn(self, answer: Answer, now: float, utc: float) -> Budget:
+        """Take in what an answer says of the budget; `utc` is the server's time."""
+        known, wait = self.known, retry_after(answer.headers.get("retry-after"), utc) or 0.0
+        remaining, reset, used = (
+            number(answer.headers.get(f"x-ratelimit-{key}"))
+            for key in ("remaining", "reset", "used")
+        )
+        if remaining is not None and reset is not None:
+            reset += 1  # whole seconds, cut or rounded: one more is sure to be past it
+            wait = wait if remaining >= 1 else max(wait, reset)
+            old = known if isinstance(known, Window) else Window()
+            # Past the limit `used` goes on growing, and tells no total.
+            total = remaining + (used or 0.0) if remaining >= 1 else old.total
+            if total:
+                known = Window(total, remaining, now + reset, max(reset, old.length))
+        refusals = self.refusals + 1 if answer.status == 429 else 0
+        if refusals:
+            if isinstance(known, Assumed):  # a 429 in a window that is known is not about it
+                known = known.halve(now)
+            pause = 2.0 ** min(refusals, 6) if isinstance(known, Window) else 1.0 / known.rate(now)
+            wait = max(wait, pause) if refusals > 1 else wait or pause  # advice can be too short
+        not_before = now + min(max(1.0, wait), LONGEST_ADVICE) if wait else self.not_before
+        return Budget(known, not_before, refusals)
 
 
 def number(text: str | None) -> float | None:
@@ -672,120 +697,50 @@ def retry_after(text: str | None, utc: float) -> float | None:
     return seconds
 
 
-def listing_rate(posts: Sequence[Post]) -> float:
-    """Give the posts a second that a page shows, by its newer half; 0 for one post.
-
-    The half keeps out what was approved late; a second is the times' resolution.
-    """
-    times = sorted(times_of(posts), reverse=True)
-    half = len(times) // 2
-    return half / max(1, times[0] - times[half]) if half else 0.0
+# --- Whose turn it is ---------------------------------------------------------
 
 
-def covers(rate: float) -> float:
-    """Give the seconds that a page of the listing covers."""
+def seconds_per_page(rate: float) -> float:
+    """Return the seconds in which a page of new posts comes."""
     return PAGE / rate if rate else math.inf
 
 
-def poll_interval(
-    rate: float, interval: float, pages: int, budget_rate: float, left: float
-) -> float:
-    """Give the seconds from the start of one poll to the start of the next.
+def interval_of(rate: float, interval: float) -> float:
+    """Return the seconds from one walk to the next, if the budget allows: a page has come."""
+    return min(max(seconds_per_page(rate), 1.0), interval)
 
-    A page of new posts should have come; but `pages` a poll must be affordable, or
-    the window be over, in `left` seconds.
+
+def urgency(rate: float, elapsed: float) -> float:
+    """Return what a walk is worth: how long all posts since the last have waited together.
+
+    To walk where that is most makes the mean delay least. A listing that seems dead is
+    expected to get a post a day.
     """
-    spread = min(pages / max(budget_rate, 1e-9), left)
-    return max(min(max(covers(rate), 1.0), interval), spread)
+    return max(rate, 1 / 86400) * elapsed**2
 
 
-DEEPEST = 9  # pages of a walk when the budget is scarce
+def full_walk_is_due(cursor: Cursor, now: float, rate: float, share: float) -> bool:
+    """Return whether the whole listing is to be read, for what was approved late.
 
-
-def is_scarce(rate: float, budget_rate: float, until_reset: float) -> bool:
-    """Tell whether the rest of the window cannot pay for all that will be listed.
-
-    `until_reset`: seconds from the last walk to the next window; a listing that holds
-    what comes in that time can wait for it. Otherwise a walk stops before the last
-    page, whose posts leave while it is on its way there, and makes do with the pages
-    that the window has left: what it leaves out is a gap, but the smallest.
+    That is so at the first walk in each of the name's turns, which follow from the clock and
+    the name alone: nothing need be remembered, and no restart repeats one. A turn takes 5
+    minutes times a power of two: as long as a page covers, and as ten requests take at a
+    tenth of the name's `share` of the budget, in requests a second.
     """
-    return rate > 0.9 * PAGE * budget_rate and rate * until_reset > HORIZON - PAGE
-
-
-FEW_SAMPLES = 1000
-FIRST_LOOK_BACK = 30.0  # seconds, until so many samples of lateness are known
-LEAST_LOOK_BACK, MOST_LOOK_BACK = 5.0, 60.0
-
-
-def look_back(lateness: Sequence[float], rate: float, budget_rate: float) -> float:
-    """Give the seconds that a walk reads back behind the cursor.
-
-    Twice the lateness that one post in a thousand exceeds, but no more than half
-    of what the listing holds, nor, beyond a least one, than the budget can pay at four
-    polls a listing.
-    """
-    wanted = FIRST_LOOK_BACK
-    if len(lateness) >= FEW_SAMPLES:
-        rare = sorted(lateness)[-max(1, len(lateness) // 1000)]
-        wanted = min(max(2 * rare + 1, LEAST_LOOK_BACK), MOST_LOOK_BACK)
-    if not rate:
-        return wanted
-    slowest_poll = HORIZON / 4 / rate
-    affordable = (slowest_poll * (budget_rate - rate / PAGE) - 1) * PAGE / rate
-    return min(wanted, HORIZON / 2 / rate, max(LEAST_LOOK_BACK, affordable))
-
-
-def lateness_seen(lateness: Sequence[float]) -> int:
-    """Give the seconds within which listed posts have appeared so far."""
-    if len(lateness) < FEW_SAMPLES:
-        return int(FIRST_LOOK_BACK)
-    return math.ceil(max(2 * LEAST_LOOK_BACK, *lateness))
-
-
-def full_walk_turn(
-    polled_utc: Sequence[float], now: float, rate: float, budget_rate: float
-) -> int | None:
-    """Give the number of the name whose whole listing is due, for what was approved late.
-
-    `polled_utc`: when each name was polled last. Names take turns of equal length, in an
-    order that is drawn anew for each round: else a run once a day might meet the same one
-    each day. A round takes as long as a page covers, at least 5 minutes, and a full walk
-    is a tenth of a turn's budget. A turn is used at the name's first poll in it, so that
-    nothing need be remembered, and a restart or another run does not repeat it.
-    """
-    names = len(polled_utc)
-    shortest = max(300.0, covers(rate)) / names
-    shortest = max(shortest, HORIZON / PAGE / max(0.1 * budget_rate, 1e-9))
+    shortest = max(300.0, seconds_per_page(rate), HORIZON / PAGE / (0.1 * share))
     if not math.isfinite(shortest):
-        return None
+        return False
     length = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
-    of_all, turn = divmod(int(now // length), names)
-    name = random.Random(of_all).sample(range(names), names)[turn]
-    return None if now // length == polled_utc[name] // length else name
+
+    def turn(utc: float) -> float:
+        return (utc + zlib.crc32(cursor.subreddit.encode())) // length
+
+    return turn(now) != turn(cursor.polled_utc)
 
 
-LONGEST_FULL_WALK = 120.0  # seconds
-
-
-def can_wait(rate: float, seconds: float) -> bool:
-    """Tell whether what is listed may wait so long for the end of a full walk.
-
-    On ten requests a minute it takes one. No more than a quarter of what the listing
-    holds may come meanwhile, as the next walk waits for the budget, too.
-    """
-    return seconds <= LONGEST_FULL_WALK and rate * seconds <= HORIZON / 4
-
-
-def backoff(failures: int, rate: float | None, chance: float) -> float:
-    """Give the seconds to wait after so many failures; `chance` is in [0, 1).
-
-    At most about the time a page covers, between 5 and 60 s, and 5 s while the rate
-    is unknown: all of Reddit fills a whole listing in 58 s, a longer wait loses posts
-    for good.
-    """
-    longest = 5.0 if rate is None else min(max(covers(rate), 5.0), 60.0)
-    return min(longest, 2.0 ** min(failures - 1, 6)) * (0.5 + chance / 2)
+def spares_full_walk(rate: float, budget_rate: float) -> bool:
+    """Return whether a listing of that rate keeps half of its posts while ten pages are read."""
+    return rate * HORIZON / PAGE <= HORIZON / 2 * budget_rate
 
 
 # --- Asking -------------------------------------------------------------------
@@ -893,52 +848,44 @@ class Reddit:
         self.fetch = fetch
         self.clock = clock
         self.source = OAUTH if access.client_id else JSON
-        self.budget = Budget(per_minute=60 if access.client_id else 10)
+        self.budget = Budget(Assumed(60 if access.client_id else 10))
+        self.doing = Doing("connecting")
         self._token = ""
         self._token_ends = 0.0
         self._renewed = False
 
     def wait_for(self, pages: int) -> float:
         """Give the seconds until so many pages may be asked for at once."""
-        return wait_for(self.budget, pages, self.clock.monotonic())
+        return self.budget.wait(pages, self.clock.monotonic())
 
     def at_once(self) -> int:
         """Give how many pages may be asked for without waiting."""
-        return at_once(self.budget, self.clock.monotonic())
-
-    def budget_rate(self) -> float:
-        """Give the requests a second that whole windows carry, or none that is known of."""
-        total = self.budget.total
-        return total / WINDOW if total else self.carries()
-
-    def seconds_for(self, pages: int) -> float:
-        """Give the seconds until so many pages have been asked for."""
-        return seconds_for(self.budget, pages, self.clock.monotonic())
+        return self.budget.free(self.clock.monotonic())
 
     def carries(self) -> float:
         """Give the requests a second that the budget carries."""
-        return carries(self.budget, self.clock.monotonic())
+        return self.budget.known.rate(self.clock.monotonic())
 
-    def page(self, names: Sequence[str], after: str | None = None) -> Page:
-        """Ask for one page of the names' joint listing.
+    def page(self, name: str, after: str | None = None) -> Page:
+        """Ask for one page of a name's listing.
 
-        Raises what RULES say: Gone, Refused, BadUsage; AskAgain when it was no failure,
+        Raises what RULES say: Gone, Refused; AskAgain when it was no failure,
         and Failed for all that may pass.
         """
         if self.source == OAUTH and self.clock.monotonic() >= self._token_ends:
             self._renew_token()
-        page: Page = self._ask(self._listing_request(names, after), self.source)
+        page: Page = self._ask(self._listing_request(name, after), self.source)
         self._renewed = False
         return page
 
     def _ask(self, request: Request, source: str) -> Any:
         log.debug("asking for %s", url_path(request.url))
         if source != GRANT:  # tokens have a window of their own
-            self.budget = spent(self.budget, self.clock.monotonic())
+            self.budget = self.budget.spend(self.clock.monotonic())
         answer = self.fetch(request)
         utc = server_time(answer, self.clock.time())
         if source != GRANT or answer.status != 200:
-            self.budget = learned(self.budget, answer, self.clock.monotonic(), utc)
+            self.budget = self.budget.learn(answer, self.clock.monotonic(), utc)
         body, value = read_answer(answer, source, utc)
         rule = rule_for(answer.status, body, source)
         if rule.consequence == GOOD:
@@ -952,18 +899,17 @@ class Reddit:
         if consequence == TAKE_FEED:
             log.info("%s, which has no account ids", sentence)
             self.source = FEED
-            per_minute = 60 if self.access.feed_token else 10
-            sent, not_before = self.budget.sent, self.budget.not_before
-            self.budget = Budget(per_minute, sent, not_before=not_before)
+            assumed = Assumed(60 if self.access.feed_token else 10).spend(self.clock.monotonic())
+            self.budget = self.budget._replace(known=assumed)
             return AskAgain(sentence)
         if consequence in (RENEW, REFUSED):
             again = consequence == RENEW and not self._renewed
             self._token_ends, self._renewed = 0.0, True
             return AskAgain(sentence) if again else Refused(f"{sentence}; see README, Credentials")
-        final = {GONE: Gone, BAD_USAGE: BadUsage, WAIT: AskAgain, RETRY: Failed}
+        final = {GONE: Gone, WAIT: AskAgain, RETRY: Failed}
         return final[consequence](sentence)
 
-    def _listing_request(self, names: Sequence[str], after: str | None) -> Request:
+    def _listing_request(self, name: str, after: str | None) -> Request:
         base = self.access.url or (OAUTH_URL if self.source == OAUTH else WWW_URL)
         end = {OAUTH: "new", JSON: "new/.json", FEED: "new/.rss"}[self.source]
         params = {"limit": str(PAGE)}
@@ -976,7 +922,7 @@ class Reddit:
             headers["Authorization"] = f"bearer {self._token}"
         if after:
             params["after"] = after
-        return Request("GET", f"{base}/r/{'+'.join(names)}/{end}", params, headers)
+        return Request("GET", f"{base}/r/{name}/{end}", params, headers)
 
     def _renew_token(self) -> None:
         """Fetch an application-only token, good until shortly before it expires.
@@ -1001,464 +947,421 @@ class Reddit:
 
 # --- Walking back -------------------------------------------------------------
 
+Ask = Callable[[str | None], Page]
+"""Asks for the page behind an anchor, or for the newest one."""
 
-def edge_of(posts: Sequence[Post]) -> float:
-    """Give the newest created_utc of a page's last ten posts: so far back was read.
+EARLIER = (1, 8, 64, 512)  # items above the last one read whose anchors are tried
+FEW = 10  # posts; a page with fewer has room for more, and so many are never all misplaced
+
+FEW_SAMPLES = 1000
+FIRST_LAG = 30  # seconds, until so many samples are known
+LEAST_LAG, MOST_LAG = 5, 60
+
+
+def reached_by(page: Page) -> float:
+    """Return the created_utc down to which a page surely shows all: its last ten posts'.
 
     Listings are nearly, not strictly, ordered: one old post proves nothing.
     """
-    return max(times_of(posts[-10:]), default=math.inf)
+    return max(times_of(page.posts[-FEW:]), default=math.inf)
 
 
-def earlier_anchors(posts: Sequence[Post]) -> Iterator[str]:
-    """Yield anchors before the last post's, ever farther: 1, 8, 64, 512 … items up."""
-    steps = itertools.takewhile(lambda step: step < len(posts), (8**n for n in itertools.count()))
-    return (fullname(posts[-1 - step]) for step in steps)
-
-
-def pages_back(first: Page, ask: Callable[[str | None], Page]) -> Iterator[Page]:
+def pages_back(first: Page, ask: Ask) -> Iterator[Page]:
     """Yield a listing's pages, newest first; only one that shows its end has no `after`.
 
-    An empty page is a lost anchor (that post was removed meanwhile, or new ones pushed it
-    out), so the items before it are tried as anchors; if all are lost, the listing is read
-    anew, once. A feed names no end: it is where one of the last posts works, so few that a
-    page has room for more behind it, and shows no others. Ten pages in a row are all that
-    was listed when the first came. A page that holds its own anchor comes from somebody
-    who does not look at anchors.
+    Ten pages of a feed, which does not tell its end, are all that is listed. A page that
+    holds its own anchor comes from somebody who does not look at anchors.
     """
-    page, read, tops, size = first, list[Post](), [None], 0
-    in_a_row = 1
-    while page.after is not None:
+    page, read = first, list[str]()
+    for pages in range(1, RUNAWAY):
         yield page
-        read += page.posts
-        if in_a_row == HORIZON // PAGE and len(read) >= FULL:
+        read += map(fullname, page.posts)
+        exhausted = pages >= HORIZON // PAGE and len(set(read)) >= SHORT
+        if not page.after or (exhausted and not page.tells_end):
             return
-        size = max(size, len(page.posts))
-        after, last = page.after, [fullname(post) for post in read[-max(2, 3 * size // 4) :]]
-        for anchor in (after, *earlier_anchors(read), *tops):
-            page = ask(anchor)
-            if page.things:
-                break
-        shown = [fullname(post) for post in page.posts]
-        if not page.things or anchor in shown:
+        anchor, page = page.after, ask(page.after)
+        if anchor in map(fullname, page.posts):
             return
-        in_a_row = in_a_row + 1 if anchor == after else -RUNAWAY
-        if anchor is None and len(read) > 1:
-            read, in_a_row = [], 1
-            tops = [] if len(shown) > 1 else tops
-        elif not page.tells_end and anchor in (last[:-1] or tops) and set(shown) <= set(last):
-            page = page._replace(after=None)
-    yield page
+        page = page if page.things else page_below(read, ask)
+        if not page.things:
+            return
+
+
+def page_below(read: Sequence[str], ask: Ask) -> Page:
+    """Find what is listed below the last post read, when nothing came behind it.
+
+    It is the listing's last, or was removed, or Reddit fell silent. The page behind an
+    earlier post tells. When none of them is listed any more, the listing is read anew from
+    its newest page; but one that was read as deep as listings are has pushed them out: then
+    the page is empty.
+    """
+    anchors: list[str | None] = [read[-1 - step] for step in EARLIER if step < len(read)]
+    if len(set(read)) < SHORT:
+        anchors.append(None)
+    for anchor in anchors:
+        page = ask(anchor)
+        if page.things:
+            return page._replace(after=None) if ends_there(page, read) else page
+    return Page([])
+
+
+def ends_there(page: Page, read: Sequence[str]) -> bool:
+    """Return whether a page ends in the last post read, though it has room for more.
+
+    Then an earlier post leads to the same last one and to nothing else: that is the end.
+    """
+    return [fullname(post) for post in page.posts[-1:]] == [*read[-1:]] and len(page.posts) < FEW
 
 
 def walk_back(
-    first: Page,
-    ask: Callable[[str | None], Page],
-    target: float,
-    may_ask: Callable[[int], bool] = lambda pages: True,
-    *,
-    least: int = 1,
+    first: Page, ask: Ask, target: float, least: int, may_ask: Callable[[], bool]
 ) -> Walk:
     """Read older pages, so many at least, until one has passed the target or there are no more.
 
-    `may_ask` is given the number of pages so far, and cuts the walk short.
+    `may_ask` cuts the walk short. A listing that ends after a while need not be short: new
+    posts may have pushed its last ones out.
     """
     found: dict[str, Post] = {}
-    edge = math.inf
-    for pages, page in enumerate(itertools.islice(pages_back(first, ask), RUNAWAY), 1):
-        for post in page.posts:
-            found.setdefault(post["id"], post)
-        edge = min(edge, edge_of(page.posts))
-        if (edge < target and pages >= least) or not may_ask(pages):
+    reached = math.inf
+    for pages, page in enumerate(pages_back(first, ask), 1):
+        found = {post["id"]: post for post in page.posts} | found
+        reached = min(reached, reached_by(page))
+        if (reached < target and pages >= least) or not may_ask():
             break
-    complete = edge < target or (page.after is None and len(found) < FULL)
-    if complete and edge >= target and page.utc - first.utc > STEADY:
-        complete = may_ask(pages) and is_short(found, ask)
-    return Walk(list(found.values()), complete, edge, pages, first.utc)
+    short = page.after is None and len(found) < SHORT
+    if short and reached >= target and page.utc - first.utc > STEADY:
+        short = is_short(found, ask)
+    return Walk(list(found.values()), short or reached < target, reached, first.utc)
 
 
-def is_short(found: dict[str, Post], ask: Callable[[str | None], Page]) -> bool:
-    """Tell whether a listing that ended after a while was short by itself.
+def is_short(found: dict[str, Post], ask: Ask) -> bool:
+    """Return whether a listing holds little even with what came while it was walked.
 
-    Or new posts may have pushed the last ones out meanwhile. So those are read too,
-    from the newest page to one that is known, and added to what was found.
+    That is read and added, from the newest page to one that ends in a post of the walk:
+    those that Reddit keeps on top show nothing.
     """
     walked = set(found)
-    for page in itertools.islice(pages_back(ask(None), ask), RUNAWAY):
-        # Known by its last post: those that Reddit keeps on top show nothing.
-        known = any(post["id"] in walked for post in page.posts[-1:])
+    for page in pages_back(ask(None), ask):
         found.update((post["id"], post) for post in page.posts)
-        if known or len(found) >= FULL:
-            break
-    return known and len(found) < FULL
+        if any(post["id"] in walked for post in page.posts[-1:]):
+            return len(found) < SHORT
+    return False
 
 
-def newest_listed(walk: Walk) -> int:
-    """Give the newest created_utc that is not in the future; 0 for none."""
-    return max((at for at in times_of(walk.posts) if at <= walk.utc), default=0)
+def expected_lag(lags: Sequence[float]) -> int:
+    """Return the seconds within which posts are listed: twice what one in a thousand takes."""
+    if len(lags) < FEW_SAMPLES:
+        return FIRST_LAG
+    rare = sorted(lags)[-(len(lags) // 1000)]
+    return min(max(math.ceil(2 * rare + 1), LEAST_LAG), MOST_LAG)
 
 
-def next_cursor(cursor: Cursor | None, walk: Walk, polled_utc: int, joint_utc: int = 0) -> Cursor:
-    """Give a name's cursor after a walk that reached it, or found it new.
+def look_back(lag: int, rate: float) -> float:
+    """Return the seconds that a walk reads back behind the cursor: half a listing at most."""
+    return min(lag, HORIZON / 2 / rate) if rate else lag
 
-    `joint_utc`: the newest created_utc of a joint listing that was read just before. How
-    far a listing has come shows in all its names: a quiet one's cursor moves with them.
+
+def lags_of(posts: Iterable[Post], cursor_utc: int) -> list[float]:
+    """Return new posts' lags: how far they came behind the cursor; 0 for most.
+
+    Beyond MOST_LAG it is approval by a moderator, which no look-back covers.
     """
-    newest = max(newest_listed(walk), joint_utc)
+    lags = (max(0.0, cursor_utc - at) for at in times_of(posts))
+    return [lag for lag in lags if lag <= MOST_LAG]
+
+
+def next_cursor(name: str, cursor: Cursor | None, walk: Walk, polled_utc: int) -> Cursor:
+    """Return a name's cursor after a walk; one in the future moves none."""
+    newest = max((at for at in times_of(walk.posts) if at <= walk.utc), default=0)
     if cursor:
-        return Cursor(cursor.since_utc, max(cursor.newest_utc, newest), polled_utc)
+        newest = max(cursor.newest_utc, newest)
+        return cursor._replace(newest_utc=newest, polled_utc=polled_utc)
     newest = newest or int(walk.utc)
-    oldest = min(times_of(walk.posts), default=newest) if walk.complete else walk.edge
-    return Cursor(int(min(newest, oldest)), newest, polled_utc)
+    oldest = min(times_of(walk.posts), default=newest) if walk.complete else walk.reached
+    return Cursor(name, int(min(newest, oldest)), newest, polled_utc)
 
 
-def gap_before(walk: Walk, name: str, cursor: Cursor | None, late: int, utc: int) -> list[Gap]:
-    """Name what a walk did not reach: all since the cursor less the lateness seen."""
-    after = cursor.newest_utc - late if cursor else math.inf
-    if walk.complete or cursor is None or not after < walk.edge < math.inf:
+def gaps_of(walk: Walk, cursor: Cursor | None, lag: int, noticed_utc: int) -> list[Gap]:
+    """Name what a walk did not reach: all since the cursor less the lag expected."""
+    if cursor is None or walk.complete or not cursor.newest_utc - lag < walk.reached < math.inf:
         return []
-    return [Gap(name, cursor.newest_utc - late, int(walk.edge), utc, cursor.newest_utc)]
+    return [Gap(cursor.subreddit, lag, int(walk.reached), noticed_utc)]
 
 
-def oldest_first(posts: Iterable[Post]) -> list[Post]:
-    return sorted(posts, key=lambda post: (created(post) or 0, len(post["id"]), post["id"]))
+# --- Following ----------------------------------------------------------------
+
+T = TypeVar("T")
+
+TRIES = 3  # for a page, until it is another listing's turn
 
 
-class Memory(Protocol):
-    """What a follower asks of the database."""
+def backoff(failures: int, rate: float, chance: float) -> float:
+    """Return the seconds to wait after so many failures; `chance` is in [0, 1).
 
-    def cursors(self, names: Sequence[str]) -> dict[str, Cursor]: ...
-    def unstored(self, posts: Sequence[Post]) -> list[Post]: ...
-
-
-class Pace:
-    """What the last walks tell of the next one: how fast, how deep, how late."""
-
-    def __init__(self, reddit: Reddit) -> None:
-        self.reddit = reddit
-        self.rate: float | None = None  # posts a second, by the last newest page of all
-        self.pages = 1  # what the last walk to a cursor took
-        self.begun = 0.0  # when the last walk did
-        self.carried = 0.0  # requests a second that the budget carried then
-        self.lateness: deque[float] = deque(maxlen=10_000)
-
-    def now(self) -> float:
-        return self.reddit.clock.monotonic()
-
-    def carries(self) -> float:
-        """Give what the budget carried when the last walk began, or what a new one does."""
-        return max(self.carried, self.reddit.carries())
-
-    def is_scarce(self) -> bool:
-        now = self.now()
-        until_reset = now + window_left(self.reddit.budget, now) - self.begun
-        return is_scarce(self.rate or 0.0, self.carries(), until_reset)
-
-    def pages_next(self) -> int:
-        """Give the pages that the next walk should find paid for."""
-        return min(self.pages, max(1, self.reddit.at_once())) if self.is_scarce() else self.pages
-
-    def pause(self, started: float, interval: float) -> float:
-        """Give the seconds until the poll after the one that started then."""
-        now = self.now()
-        left = window_left(self.reddit.budget, now)
-        pages, carried = self.pages_next(), self.carries()
-        wait = poll_interval(self.rate or 0.0, interval, pages, carried, left)
-        return max(0.0, started + wait - now)
+    At most about the time a page covers, between 5 and 60 s: all of Reddit fills a
+    whole listing in 58 s, a longer wait loses posts for good.
+    """
+    longest = min(max(seconds_per_page(rate), 5.0), 60.0)
+    return min(longest, 2.0 ** min(failures - 1, 6)) * (0.5 + chance / 2)
 
 
 class Asker:
-    """Asks for pages until they come: waits for the budget, and after failures."""
+    """Asks until there is an answer: waits for the budget, and after failures.
 
-    def __init__(
-        self, reddit: Reddit, pace: Pace, *, once: bool, chance: Callable[[], float]
-    ) -> None:
+    With `once` its patience ends; then `exhausted` says why.
+    """
+
+    def __init__(self, reddit: Reddit, *, once: bool, chance: Callable[[], float]) -> None:
         self.reddit = reddit
-        self.pace = pace
+        self.clock = reddit.clock
         self.once = once
         self.chance = chance
-        self.clock = reddit.clock
-        self.answered: set[str] = set()  # names that have had a good answer
-        self.failures = 0  # in a row
-        self.gives_up = self.clock.monotonic() + PATIENCE
+        self.answered = False  # ever
+        self.outage_told = False  # since the last answer
+        self.gives_up_at = self.clock.monotonic() + PATIENCE
         self.waited = 0.0  # seconds, for the budget
+        self.exhausted = ""
 
-    def newest_page(self, names: Sequence[str], *, expected: bool) -> Page:
-        """Ask for the newest page; one that is unexpectedly empty, three times more."""
-        page = self.page(names)
-        for _ in range(3 if expected else 0):
-            if page.things:
-                break
-            self.clock.sleep(1.0)
-            page = self.page(names)
-        return page
+    def answer(self, what: str, ask: Callable[[], T], tries: int, rate: float) -> T:
+        """Ask until there is an answer; raise Unanswered after so many failures.
 
-    def page(self, names: Sequence[str], after: str | None = None) -> Page:
-        """Ask for a page until it comes; Gone is for the caller to handle."""
+        `what` is being done, in words. `rate`: posts a second of the busiest listing.
+        """
+        failures = 0
         while True:
             self.await_budget(1)
+            self.reddit.doing = Doing(what)
             try:
-                page = self.reddit.page(names, after)
+                answer = ask()
             except AskAgain as exc:
-                log.debug("%s", exc)
+                log.debug("%s: %s", what, exc)
             except (Failed, Refused) as exc:
-                if isinstance(exc, Refused) and not self.answered:
-                    raise
-                self._failed(exc)
+                failures += 1
+                self._failed(what, exc, last=failures == tries)
+                self.sleep(backoff(failures, rate, self.chance()), f"{what} again")
             else:
-                self._well(names)
-                return page
+                self.answered, self.outage_told = True, False
+                return answer
 
-    def await_budget(self, pages: int) -> None:
-        """Wait until so many pages may follow at once."""
-        while (seconds := self.reddit.wait_for(pages)) > 0:
+    def be_patient(self) -> None:
+        """Begin the patience anew: all is going well."""
+        self.gives_up_at = self.clock.monotonic() + PATIENCE
+
+    def await_budget(self, requests: int) -> None:
+        """Wait until so many requests may follow at once."""
+        while (seconds := self.reddit.wait_for(requests)) > 0:
             if self.once and self.waited + seconds > BUDGET_PATIENCE:
-                raise Failed(f"Reddit's budget is used up for {seconds:.0f} s more")
-            level = logging.INFO if seconds >= 60 else logging.DEBUG
-            log.log(level, "waiting %.0f s for the budget", math.ceil(seconds))
+                self.exhausted = f"Reddit allows no request for {seconds:.0f} s more"
+                if self.reddit.budget.refusals and not self.answered:
+                    self.exhausted += "; it answered nothing but 429 (too many requests)"
+                raise Unanswered(self.exhausted)
+            log.debug("waiting %.0f s for Reddit's budget", math.ceil(seconds))
             self.waited += seconds
-            self.gives_up += seconds
-            self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
+            self.gives_up_at += seconds
+            self.sleep(seconds, "Reddit's budget")
 
-    def tell(self, message: str) -> None:
-        """Warn of what changed; a single run ends with one line that says it all."""
-        log.log(logging.INFO if self.once else logging.WARNING, "%s", message)
+    def sleep(self, seconds: float, what: str) -> None:
+        """Wait for something; with `once` not beyond the end of the patience."""
+        now = self.clock.monotonic()
+        if self.once:
+            seconds = min(seconds, self.gives_up_at - now)
+        self.reddit.doing = Doing(what, now + seconds)
+        self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
 
-    def _failed(self, exc: RedpipeError) -> None:
-        """Wait after a failure; with --once, raise it when the patience is over."""
-        left = self.gives_up - self.clock.monotonic() if self.once else math.inf
-        if left <= 0:
-            raise Failed(str(exc)) from exc
-        self.failures += 1
-        if self.failures == 1:
-            self.tell(f"{exc}; trying again")
-        else:
-            log.debug("%s (failure %d)", exc, self.failures)
-        self.clock.sleep(min(left, backoff(self.failures, self.pace.rate, self.chance())))
+    def _failed(self, what: str, exc: RedpipeError, *, last: bool) -> None:
+        """Count a failure; raise what is final, and Unanswered after the last."""
+        if isinstance(exc, Refused) and not self.answered:
+            raise exc
+        log.debug("%s: %s", what, exc)
+        if self.once and self.clock.monotonic() >= self.gives_up_at:
+            self.exhausted = str(exc)
+        if last or self.exhausted:
+            raise Unanswered(str(exc)) from exc
 
-    def _well(self, names: Sequence[str]) -> None:
-        if self.failures:
-            self.tell("Reddit answers again")
-        self.failures = 0
-        self.gives_up = self.clock.monotonic() + PATIENCE
-        self.answered.update(names)
+
+class Listing:
+    """One followed name, and what its last walks tell; times are the monotonic clock's.
+
+    `begun_at`: when its last walk began. `ready_at`: when the next one may. `pages`: the
+    requests that the last one to its cursor took. `asked`: those of the present one.
+    """
+
+    def __init__(self, name: str, cursor: Cursor | None, rate: float, clock: Clock) -> None:
+        polled_utc = cursor.polled_utc if cursor else math.inf
+        self.name = name
+        self.rate = rate if cursor else 1.0  # posts a second; a new name may be that busy
+        self.begun_at = self.ready_at = clock.monotonic() - max(0.0, clock.time() - polled_utc)
+        self.pages = 1
+        self.asked = 0
+        self.lags: deque[float] = deque(maxlen=10_000)
+        self.is_new = cursor is None
+        self.empty = cursor is None or cursor.since_utc == cursor.newest_utc  # never had a post
+        self.answered = False
+        self.failures = 0  # walks in a row
+        self.told = False  # that it fails
 
 
 class Follower:
-    """Polls some names, each back to its cursor, and names the gaps."""
+    """Walks the listings of some names, one after the other, and names the gaps."""
 
-    def __init__(self, asker: Asker, names: Sequence[str], memory: Memory) -> None:
+    def __init__(self, asker: Asker, names: Sequence[str], memory: Memory, interval: float) -> None:
         self.asker = asker
-        self.names = list(names)
         self.memory = memory
-        self.pace = asker.pace
-        self.clock = asker.clock
-        self.begun = 0.0  # when the last poll did
-        self.due: list[str] = []
-        self.behind: set[str] = set()  # names that wait to be walked alone
-        self.empty: set[str] = set()  # names that showed nothing when they last were
-        self.lost: list[str] = []  # what is wrong with names that never had a good answer
-        self.gone: dict[str, tuple[int, float]] = {}  # tries, and when the next is due
-        self.gaps = 0  # not told yet
-        self.gaps_told = -math.inf
+        self.interval = interval
+        self.followed = len(names)
+        rates = memory.rates()
+        self.listings = [
+            Listing(name, memory.cursor(name), rates.get(name, 0.0), asker.clock) for name in names
+        ]
+        self.paid_until = -math.inf  # the last walk uses up the budget's share until then
+        self.lost: list[str] = []  # what is wrong with names that cannot be read
+        self.gaps = Counter[str]()  # not told yet
+        self.gaps_told_at = -math.inf
 
-    def poll(self) -> Iterator[Batch]:
-        """Walk back once for every name that is due."""
-        self.begun = now = self.clock.monotonic()
-        self.due = [name for name in self.names if self.gone.get(name, (0, now))[1] <= now]
-        cursors = self.memory.cursors(self.due)
-        together = [name for name in self.due if name in cursors and name not in self.gone]
-        if len(together) == 1:
-            together = []
-        alone = [name for name in self.due if name not in together]
-        for done, name in enumerate(alone):
-            yield from self._walk_alone(name, cursors.get(name), sharers=len(alone) - done)
-            if self._must_go_on():
-                break
-        if together:
-            yield from self._walk_together(together, cursors)
-        self._tell_gaps()
+    def next(self) -> Listing | None:
+        """Wait until a walk may begin; return the listing that needs it most, if one is left."""
+        while self.listings and not self.asker.exhausted:
+            now = self.asker.clock.monotonic()
+            ready = [one for one in self.listings if self._due(one) <= now]
+            if ready:
+                return max(ready, key=lambda one: urgency(one.rate, now - one.begun_at))
+            due = min(map(self._due, self.listings))
+            self.asker.sleep(
+                due - now, "Reddit's budget" if due == self.paid_until else "next poll"
+            )
+        return None
+
+    def _due(self, listing: Listing) -> float:
+        """Return when a walk may begin: all but a first one wait until the last is paid for."""
+        return listing.ready_at if listing.is_new else max(listing.ready_at, self.paid_until)
+
+    def follow(self, listing: Listing) -> Iterator[Batch]:
+        """Walk a listing back to its cursor, and yield what is new; or put it off."""
+        cursor = self.memory.cursor(listing.name)
+        lag = expected_lag(listing.lags)
+        try:
+            self.asker.await_budget(listing.pages)
+            utc = int(self.asker.clock.time())
+            walk = self._walk(listing, cursor, lag, utc)
+        except (Gone, Unanswered, Refused) as exc:
+            if isinstance(exc, Refused) and self._is_refused():
+                raise
+            self._put_off(listing, exc)
+            return
+        self._well(listing)
+        posts = oldest_first(self.memory.unstored(walk.posts))
+        if cursor:
+            listing.lags.extend(lags_of(posts, cursor.newest_utc))
+        gaps = gaps_of(walk, cursor, lag, utc)
+        yield Batch(posts, [next_cursor(listing.name, cursor, walk, utc)], gaps)
+        self.gaps.update(gap.subreddit for gap in gaps)
+        self._tell_gaps(every=3600.0)
 
     def finish(self) -> None:
-        """Raise Gone if some of the names could not be read."""
+        """Raise what keeps a single run from being complete."""
+        self._tell_gaps(every=0.0)
+        if self.asker.exhausted:
+            left = ", ".join(f"r/{one.name}" for one in self.listings)
+            raise Failed("; ".join([f"{left}: {self.asker.exhausted}", *self.lost]))
         if self.lost:
             raise Gone("; ".join(self.lost))
 
-    def _walk_together(self, names: list[str], cursors: dict[str, Cursor]) -> Iterator[Batch]:
-        """Walk names as one listing; then those alone that it did not reach, or whose turn it is.
-
-        A joint listing ends where that of its busiest name does: only alone a quiet one
-        shows what was approved late. Names that wait for that do not make the walk longer.
-        """
-        alone, newest_utc, turn = names, 0, ""
-        listed = Counter[str]()
-        with suppress(Gone):  # one of them: which, shows when each is walked alone
-            near = [name for name in names if name not in self.behind] or names
-            walk = self._walk(names, [cursors[name] for name in near])
-            newest_utc = newest_listed(walk)
-            listed.update(str(post.get("subreddit") or "").lower() for post in walk.posts)
-            cursors |= self.memory.cursors(names)  # another process may have moved them
-            late = lateness_seen(self.pace.lateness)
-            turn = self._full_walk_turn(cursors, self.pace.rate or 0.0)
-            alone = [
-                name
-                for name in names
-                if name == turn
-                or name not in near
-                or gap_before(walk, name, cursors[name], late, 0)
-            ]
-            yield self._batch(walk, {n: cursors[n] for n in names if n not in alone})
-        self.behind = set(alone)
-        self.empty.difference_update(set(names) - self.behind)
-        # The busiest can wait least; but a single run may not come to the last ones.
-        by_age = self.asker.once or not listed
-        urgency = {n: cursors[n].polled_utc if by_age else -listed[n] for n in alone}
-        for name in sorted(alone, key=urgency.__getitem__):
-            yield from self._walk_alone(name, cursors[name], newest_utc, whole=name == turn)
-            self.behind.discard(name)
-            if self._must_go_on():
-                break
-
-    def _must_go_on(self) -> bool:
-        """Tell whether the other names' new posts can wait no longer for the next poll."""
-        seconds = self.clock.monotonic() - self.begun
-        return not (self.asker.once or can_wait(self.pace.rate or 0.0, seconds))
-
-    def _walk_alone(
-        self,
-        name: str,
-        cursor: Cursor | None,
-        joint_utc: int = 0,
-        *,
-        sharers: int = 1,
-        whole: bool = False,
-    ) -> Iterator[Batch]:
-        try:
-            walk = self._walk([name], [cursor] if cursor else [], sharers=sharers, whole=whole)
-        except Gone as exc:
-            self._set_aside(name, f"r/{name} {exc}")
-            return
-        if self.gone.pop(name, None):
-            self.asker.tell(f"r/{name} can be read again")
-        cursor = self.memory.cursors([name]).get(name)  # another process may have moved it
-        late = lateness_seen(self.pace.lateness)
-        gaps = gap_before(walk, name, cursor, late, int(self.clock.time()))
-        if walk.posts or name in self.empty:
-            self.empty.discard(name)
-        else:  # Reddit may only have been silent: its cursor stays until it shows nothing twice
-            self.empty.add(name)
-            if joint_utc and self.asker.once:
-                yield from self._walk_alone(name, cursor, joint_utc)
-                return
-            joint_utc = 0
-        yield self._batch(walk, {name: cursor}, gaps, joint_utc)
-        self.gaps += len(gaps)
-
-    def _batch(
-        self,
-        walk: Walk,
-        cursors: Mapping[str, Cursor | None],
-        gaps: Sequence[Gap] = (),
-        joint_utc: int = 0,
-    ) -> Batch:
-        polled = int(self.clock.time())
-        posts = oldest_first(self.memory.unstored(walk.posts))
-        known = [cursor.newest_utc for cursor in cursors.values() if cursor]
-        if known:
-            self.pace.lateness.extend(lateness_of(posts, min(known)))
-        moved = {
-            name: next_cursor(cursor, walk, polled, joint_utc) for name, cursor in cursors.items()
-        }
-        return Batch(posts, moved, gaps)
-
-    def _walk(
-        self, names: list[str], cursors: list[Cursor], *, sharers: int = 1, whole: bool = False
-    ) -> Walk:
-        """Walk back to the oldest of the cursors.
-
-        Without one, as deep as what is free, and shared by so many names, allows; half of
-        a window is left for the polls of several names.
-        """
-        asker, pace = self.asker, self.pace
-        asker.await_budget(pace.pages_next())
-        scarce = pace.is_scarce()
-        pace.begun = pace.now()
-        first = asker.newest_page(names, expected=bool(cursors))
-        pace.carried = asker.reddit.carries()
-        no_polls = asker.once or len(self.names) == 1
-        polls = 0 if no_polls else asker.reddit.budget.total // 2
-        deepest = (1 + asker.reddit.at_once() - polls) // sharers
-        rate = max(listing_rate(first.posts), pace.rate or 0.0)
-        oldest = min((cursor.newest_utc for cursor in cursors), default=-math.inf)
-        target = oldest - look_back(pace.lateness, rate, pace.carried)
-        if len(names) == len(cursors) == 1 and not whole:
-            whole = bool(self._full_walk_turn({names[0]: cursors[0]}, rate))
-
-        def may_ask(pages: int) -> bool:
-            if cursors and not scarce:
-                return True
-            return pages < (DEEPEST if cursors else deepest) and asker.reddit.at_once() > 0
-
-        def ask(after: str | None) -> Page:
-            return asker.page(names, after) if after else asker.newest_page(names, expected=True)
-
-        least = HORIZON // PAGE if whole else 1
-        walk = walk_back(first, ask, target, may_ask, least=least)
-        log.debug("r/%s: %d posts on %d pages", "+".join(names), len(walk.posts), walk.pages)
-        if len(names) == len(self.due):
-            pace.rate = listing_rate(walk.posts)
-        if cursors and not whole:
-            pace.pages = walk.pages
+    def _walk(self, listing: Listing, cursor: Cursor | None, lag: int, utc: int) -> Walk:
+        """Walk back to the cursor, or past it; without one, as deep as is free."""
+        reddit = self.asker.reddit
+        listing.begun_at, listing.asked = self.asker.clock.monotonic(), 0
+        rate, ask = reddit.carries(), partial(self._page, listing)
+        first = ask(None)
+        listing.answered, listing.empty = True, not first.things
+        listing.rate = max(listing.rate, listing_rate(first.posts))
+        if cursor is None:
+            walk = walk_back(first, ask, -math.inf, 1, self._is_free)
+        else:
+            target = cursor.newest_utc - look_back(lag, listing.rate)
+            full = spares_full_walk(self._busiest(), rate) and full_walk_is_due(
+                cursor, utc, listing.rate, rate / self.followed
+            )
+            walk = walk_back(first, ask, target, HORIZON // PAGE if full else 1, lambda: True)
+            listing.pages = listing.pages if full else listing.asked
+        log.debug("r/%s: %d posts on %d pages", listing.name, len(walk.posts), listing.asked)
+        listing.rate = listing_rate(walk.posts)
+        listing.ready_at = listing.begun_at + interval_of(listing.rate, self.interval)
+        if not (listing.is_new or self.asker.once):
+            self.paid_until = listing.begun_at + listing.asked / max(rate, reddit.carries())
+        listing.is_new = False
         return walk
 
-    def _full_walk_turn(self, cursors: Mapping[str, Cursor], rate: float) -> str:
-        """Give which of some names is to be read whole now, or an empty string."""
-        reddit = self.asker.reddit
-        lasts = self.clock.monotonic() - self.begun + reddit.seconds_for(HORIZON // PAGE)
-        if self.pace.is_scarce() or not can_wait(rate, lasts):
-            return ""
-        now = self.clock.time()
-        polled = [cursors[name].polled_utc if name in cursors else now for name in self.names]
-        turn = full_walk_turn(polled, now, rate, reddit.budget_rate())
-        return "" if turn is None else self.names[turn]
+    def _page(self, listing: Listing, after: str | None) -> Page:
+        """Ask for a page; for a newest page that is unexpectedly empty, three times more."""
+        tries = 1 if listing.failures and not after else TRIES
+        ask = partial(self.asker.reddit.page, listing.name, after)
+        for times in range(4):
+            if times:
+                self.asker.sleep(1.0, f"r/{listing.name}, which seems to be empty")
+            listing.asked += 1
+            what = f"reading r/{listing.name}, page {listing.asked}"
+            page = self.asker.answer(what, ask, tries, self._busiest())
+            if not (listing.failures and listing.answered):  # or it would never be given up
+                self.asker.be_patient()
+            if page.things or after or listing.empty:
+                break
+        return page
 
-    def _set_aside(self, name: str, what: str) -> None:
-        """Drop a name that never could be read; ask again later for one that could."""
-        if name not in self.asker.answered:
-            self.names.remove(name)
+    def _is_refused(self) -> bool:
+        """Return whether a refusal is not about one name alone: it is the only, or the second."""
+        return len(self.listings) == 1 or any(one.failures for one in self.listings)
+
+    def _busiest(self) -> float:
+        """Return the posts a second of the busiest listing: no pause may overrun it."""
+        return max(one.rate for one in self.listings)
+
+    def _is_free(self) -> bool:
+        """Return whether the budget has more than a page for each of the other listings."""
+        return self.asker.reddit.at_once() >= len(self.listings)
+
+    def _well(self, listing: Listing) -> None:
+        """Note that a listing could be read; a single run is done with it."""
+        if listing.told:
+            self._tell(f"r/{listing.name} can be read again")
+        listing.failures, listing.told = 0, False
+        if self.asker.once:
+            self.listings.remove(listing)
+
+    def _put_off(self, listing: Listing, exc: RedpipeError) -> None:
+        """Let the others go on, and ask again later; drop a name that never could be read."""
+        gone = isinstance(exc, Gone)
+        what = f"r/{listing.name}{'' if gone else ':'} {exc}"
+        listing.failures += 1
+        if gone and (self.asker.once or not listing.answered):
+            self.listings.remove(listing)
             self.lost.append(what)
-            if not self.names:
-                self.finish()
-            self.asker.tell(f"{what}; the others go on")
+            if self.listings:
+                self._tell(f"{what}; continuing with the others")
             return
-        tries = self.gone.get(name, (0, 0.0))[0] + 1
-        if tries == 1:
-            self.asker.tell(f"{what}; asking again from time to time")
-            if self.asker.once:
-                self.lost.append(what)
-        wait = backoff(tries, 0.0, self.asker.chance())
-        self.gone[name] = (tries, self.clock.monotonic() + wait)
+        if not listing.told and (gone or not self.asker.outage_told):
+            self._tell(f"{what}; will keep trying")
+            listing.told = self.asker.outage_told = True
+        pause = backoff(listing.failures, listing.rate, self.asker.chance())
+        if listing.failures > TRIES and len(self.listings) > 1:  # a tenth of the budget at most
+            pause = max(pause, 10 / self.asker.reddit.carries())
+        listing.ready_at = self.asker.clock.monotonic() + pause
+        if self.asker.once:  # it comes after the others, and once more when the patience ends
+            listing.rate = 0.0
+            listing.ready_at = min(listing.ready_at, self.asker.gives_up_at)
 
-    def _tell_gaps(self) -> None:
-        """Warn of gaps at the first, and then at most once an hour."""
-        now = self.clock.monotonic()
-        if self.gaps and now - self.gaps_told >= 3600:
-            log.warning(
-                "%d more gap(s): Reddit no longer lists what was posted there; see the table gaps",
-                self.gaps,
-            )
-            self.gaps, self.gaps_told = 0, now
+    def _tell(self, message: str) -> None:
+        """Warn of what changed; a single run ends with one line that says it all."""
+        log.log(logging.INFO if self.asker.once else logging.WARNING, "%s", message)
 
-
-def lateness_of(posts: Sequence[Post], cursor_utc: int) -> Iterator[float]:
-    """Yield how late new posts appeared, by the cursor they came behind; 0 for most.
-
-    Beyond MOST_LOOK_BACK it is approval by a moderator, which no look-back covers.
-    """
-    for at in times_of(posts):
-        late = max(0.0, cursor_utc - at)
-        if late <= MOST_LOOK_BACK:
-            yield late
+    def _tell_gaps(self, every: float) -> None:
+        """Warn of gaps at the first, and then once in so many seconds at most."""
+        now = self.asker.clock.monotonic()
+        if self.gaps and now - self.gaps_told_at >= every:
+            names = ", ".join(f"r/{name}" for name in sorted(self.gaps))
+            what = "no longer listed, and not stored; see the table gaps"
+            log.warning("%s: %d gap(s), %s", names, self.gaps.total(), what)
+            self.gaps.clear()
+            self.gaps_told_at = now
 
 
 def stream(
@@ -1473,20 +1376,16 @@ def stream(
     """Yield the new posts of some subreddits, one Batch for each finished walk.
 
     `names` are lower case; `memory` is what is stored already, and each Batch must be
-    there before the next is asked for. `interval`: the longest wait between two polls,
-    in seconds. With `once` it ends after one poll, raising Gone if a name could not be
-    read, and Failed after PATIENCE seconds without one good answer. Otherwise it never
-    ends, and raises only what its first answers say (Gone, Refused, BadUsage).
+    there before the next is asked for. `interval`: the longest wait between two walks of
+    a name, in seconds, if the budget allows. With `once` each name is walked once, and
+    Gone is raised if one could not be read, Failed if one did not answer in PATIENCE
+    seconds. Otherwise it never ends, and raises only what its first answers say.
     """
-    pace = Pace(reddit)
-    asker = Asker(reddit, pace, once=once, chance=chance)
-    follower = Follower(asker, names, memory)
-    while True:
-        started = pace.now()
-        yield from follower.poll()
-        if once:
-            return follower.finish()
-        reddit.clock.sleep(pace.pause(started, interval))
+    asker = Asker(reddit, once=once, chance=chance)
+    follower = Follower(asker, names, memory, interval)
+    while listing := follower.next():
+        yield from follower.follow(listing)
+    follower.finish()
 
 
 # --- Files --------------------------------------------------------------------
@@ -1760,7 +1659,7 @@ ON CONFLICT (subreddit) DO UPDATE SET
 
 NAME_GAP = """
 INSERT INTO gaps (subreddit, after_utc, before_utc, noticed_utc)
-SELECT ?1, ?2 + newest_utc - ?5 AS after, ?3, ?4 FROM cursors
+SELECT ?1, newest_utc - ?2 AS after, ?3, ?4 FROM cursors
 WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
     SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)
 """
@@ -1899,11 +1798,19 @@ class Database:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
 
-    def cursors(self, names: Sequence[str]) -> dict[str, Cursor]:
-        """Give the cursors of those names that have one."""
+    def cursor(self, name: str) -> Cursor | None:
+        """Return a subreddit's cursor, or None when it has none."""
         self.check()
-        rows = self.execute("SELECT subreddit, since_utc, newest_utc, polled_utc FROM cursors")
-        return {name: Cursor(*values) for name, *values in rows if name in names}
+        found = self.execute("SELECT * FROM cursors WHERE subreddit = ?", (name,))
+        return Cursor(*found[0]) if found else None
+
+    def rates(self) -> dict[str, float]:
+        """Return the posts a second stored in the last hour polled, by subreddit and of all."""
+        rows = self.execute(
+            "SELECT lower(subreddit), count(*) / 3600.0 FROM posts, (SELECT max(newest_utc) AS end"
+            " FROM cursors) WHERE created_utc BETWEEN end - 3600 AND end GROUP BY 1"
+        )
+        return {**dict(rows), "all": sum(rate for _, rate in rows)}
 
     def unstored(self, posts: Sequence[Post]) -> list[Post]:
         """Give the posts that are not stored, or stored without the author they have."""
@@ -1936,7 +1843,7 @@ def insert_statement(columns: Sequence[str]) -> str:
 def load(
     database: Database,
     rows: Iterable[Row],
-    cursors: Mapping[str, Cursor] = MappingProxyType({}),
+    cursors: Sequence[Cursor] = (),
     gaps: Sequence[Gap] = (),
 ) -> int:
     """Store rows, cursors and gaps in one transaction; give the posts stored or filled.
@@ -1948,12 +1855,9 @@ def load(
     now = int(database.clock.time())
     pick = itemgetter(*database.columns)
     values = [(*pick(row), now) for row in rows]
-    moves = [(name, *cursor) for name, cursor in cursors.items()]
-    if not (values or moves or gaps):
-        return 0
     with database.transaction():
         stored = database.execute_many(insert_statement(database.columns), values)
         database.execute_many(NAME_GAP, gaps)  # before the cursor moves: it looks at it
-        database.execute_many(MOVE_CURSOR, moves)
+        database.execute_many(MOVE_CURSOR, cursors)
     log.debug("%d posts stored, %d gaps named", stored, len(gaps))
     return stored

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -49,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pipeline
 
+AT_ONCE = 4.0  # seconds; no look-back is shorter
 ON_TIME = 30.0  # seconds; a post listed later than this counts as late
 LATENCY = 0.35  # seconds a request takes
 PATIENCE = 10.0  # seconds until a request that hangs is given up
@@ -162,6 +164,10 @@ class Scenario(NamedTuple):
     down: tuple[float, float] = (60.0, 1200.0)  # seconds
     drop_newest: bool = False  # the newest stored post vanishes while the follower is down
     cron: float = 0.0  # seconds between two starts with --once, instead of following
+    failing: float = 0.0  # chance that a request is answered with 503
+    private: tuple[str, float, float] = ("", 0.0, 0.0)  # a name; from and until, in minutes
+    broken: str = ""  # a name that is always answered with 500, or
+    hanging: bool = False  # not at all
     bars: tuple[Bar, ...] = ()
 
 
@@ -169,6 +175,7 @@ class Scenario(NamedTuple):
 ALWAYS = (
     Bar("false", "<=", 0),
     Bar("twice", "<=", 0),
+    Bar("holes", "<=", 0),
     Bar("caught up", ">=", 100),
     Bar("429/h", "<=", 1),
 )
@@ -351,8 +358,8 @@ SCENARIOS = {
         tail=720,
         bars=(Bar("captured", ">=", 99), Bar("429/h", "<=", 6)),
     ),
-    "joint": Scenario(
-        "5/s, 1 in 30 s and 1 in 5 min as one, 6 kills",
+    "three": Scenario(
+        "5/s, 1 in 30 s and 1 in 5 min, 6 kills",
         {"busy": 5.0, "slow": 1 / 30, "quiet": 1 / 300},
         120,
         follow=("busy", "slow", "quiet"),
@@ -365,7 +372,7 @@ SCENARIOS = {
         {"busy": 1 / 60, "still": 1 / 864_000},
         180,
         follow=("busy", "still"),
-        bars=(Bar("captured", ">=", 99.995), Bar("req/min", "<=", 3)),
+        bars=(Bar("captured", ">=", 99.995), Bar("req/min", "<=", 6)),  # 3 a name
     ),
     "beside-ten": Scenario(
         "the feed: 3/s beside ten of 1 in 10 days",
@@ -476,6 +483,93 @@ SCENARIOS = {
         kills=8,
         history=30,
         bars=(Bar("captured", ">=", 99.995), Bar("idle", "<=", 0)),
+    ),
+    "many": Scenario(
+        "200 of 1 in 10 min and 2 of 1/s, 600/600 s",
+        {"busy1": 1.0, "busy2": 1.0} | {f"q{n}": 1 / 600 for n in range(200)},
+        60,
+        follow=("busy1", *(f"q{n}" for n in range(200)), "busy2"),
+        history=150,
+        tail=900,
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "forty": Scenario(
+        "the feed: 40 of 1 in 10 min, 10 requests a minute",
+        {f"q{n}": 1 / 600 for n in range(40)},
+        180,
+        follow=tuple(f"q{n}" for n in range(40)),
+        **ANONYMOUS,
+        feed=True,
+        history=150,
+        tail=900,
+        bars=(Bar("captured", ">=", 99.995), Bar("429/h", "<=", 2)),
+    ),
+    "forty-slow": Scenario(
+        "the feed: 40 of 1 in 10 min, 1 request a minute",
+        {f"q{n}": 1 / 600 for n in range(40)},
+        360,
+        follow=tuple(f"q{n}" for n in range(40)),
+        **(ANONYMOUS | {"budget": 1}),
+        feed=True,
+        history=150,
+        tail=7200,
+        bars=(Bar("captured", ">=", 99.995), Bar("429/h", "<=", 2)),
+    ),
+    "forty-mixed": Scenario(
+        "the feed: 1 in 4 s and 39 of 1 in 10 min, 1 request a minute",
+        {"busy": 0.25} | {f"q{n}": 1 / 600 for n in range(39)},
+        360,
+        follow=(*(f"q{n}" for n in range(39)), "busy"),
+        **(ANONYMOUS | {"budget": 1}),
+        feed=True,
+        history=150,
+        tail=10800,
+        bars=(Bar("captured", ">=", 99.995), Bar("429/h", "<=", 2)),
+    ),
+    "private": Scenario(
+        "1 in 4 s private for 30 min, beside 1/s and 1 in 5 min",
+        {"busy": 1.0, "closed": 0.25, "quiet": 1 / 300},
+        120,
+        follow=("closed", "busy", "quiet"),
+        private=("closed", 30, 60),
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "broken": Scenario(
+        "17/s and 1 in 5 min beside one that always fails",
+        {"busy": 17.0, "broken": 0.1, "quiet": 1 / 300},
+        20,
+        follow=("broken", "busy", "quiet"),
+        broken="broken",
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "broken-hanging": Scenario(
+        "the same, and it never answers",
+        {"busy": 17.0, "broken": 0.1, "quiet": 1 / 300},
+        20,
+        follow=("broken", "busy", "quiet"),
+        broken="broken",
+        hanging=True,
+        bars=(Bar("captured", ">=", 99.995),),
+    ),
+    "restart": Scenario(
+        "17/s behind 200 of 1 in 10 min, 3 kills, 10 s down",
+        {f"q{n}": 1 / 600 for n in range(200)} | {"busy": 17.0},
+        30,
+        follow=(*(f"q{n}" for n in range(200)), "busy"),
+        kills=3,
+        life=(500, 700),
+        down=(10.0, 10.0),
+        history=150,
+        tail=900,
+        bars=(Bar("captured", ">=", 99.9),),
+    ),
+    "windows": Scenario(
+        "17/s, windows of 10 s with 6 requests",
+        EVERYTHING,
+        20,
+        budget=6,
+        window=10.0,
+        bars=(Bar("captured", ">=", 99.9), Bar("inside", ">=", 99)),
     ),
     "headless": Scenario(
         "1/s, token, no headers, 10 requests a minute",
@@ -828,6 +922,17 @@ class Model:
             return pipeline.Answer(429, headers, b'{"message": "Too Many Requests", "error": 429}')
         if self.scenario.feed and url.path.endswith(".json"):
             return pipeline.Answer(403, headers, b"<html>blocked</html>")
+        names = url.path.strip("/").split("/")[1].split("+")
+        closed, begins, ends = self.scenario.private
+        if closed in names and begins <= (self.clock.now - self.start) / 60 < ends:
+            return pipeline.Answer(403, headers, b'{"reason": "private", "error": 403}')
+        if self.rng.random() < self.scenario.failing:
+            return pipeline.Answer(503, headers, b"<html>down</html>")
+        if self.scenario.broken in names:
+            if self.scenario.hanging:
+                self.clock.sleep(PATIENCE)
+                raise pipeline.Failed("read timed out")
+            return pipeline.Answer(500, headers, b'{"message": "Server Error", "error": 500}')
         return pipeline.Answer(200, headers, self._listing_body(url.path, query))
 
     def _new_token(self, request: pipeline.Request) -> pipeline.Answer:
@@ -881,7 +986,9 @@ class Result:
     true: int = 0
     idle: int = 0
     false: int = 0
+    careful: int = 0  # of the false ones: the listing held more than three quarters of its places
     lost_inside: int = 0
+    holes: int = 0  # losses outside every gap, from before the cursor, of posts listed at once
     owed: int = 0
     caught_up: int = 0
     catch_up: int = 0
@@ -891,6 +998,22 @@ class Result:
     @property
     def lost(self) -> int:
         return self.counted - self.captured
+
+
+class Named(NamedTuple):
+    """A gap as it stands in the database."""
+
+    subreddit: str
+    after_utc: int
+    before_utc: int
+    noticed_utc: int
+
+
+def named(gap: pipeline.Gap, cursor: pipeline.Cursor | None) -> Named:
+    """Give the bounds that a gap gets when it is stored."""
+    assert cursor
+    after_utc = cursor.newest_utc - gap.lag
+    return Named(gap.subreddit, after_utc, gap.before_utc, gap.noticed_utc)
 
 
 class Run:
@@ -905,7 +1028,7 @@ class Run:
         self.clock.end = self.end + scenario.tail
         self.path = directory / "posts.db"
         self.committed: dict[str, float] = {}
-        self.gaps: list[tuple[pipeline.Gap, bool]] = []  # with: it is false
+        self.gaps: list[tuple[Named, bool]] = []  # with: it is false
         self.result = Result()
         self.owed: dict[str, list[Post]] = {}
         self.owed_since = 0
@@ -927,9 +1050,11 @@ class Run:
         self.model.kill_at = self.model.requests + life
         self.model.kill_where = self.rng.choice(["before", "after", "commit"])
         self.model.walks.clear()
+        every = self.scenario.cron or 60.0  # one that ends is started again
         while True:
-            self._run_process()
-            self.clock.sleep(self.scenario.cron - self.clock.now % self.scenario.cron)
+            with contextlib.suppress(pipeline.Gone, pipeline.Failed):
+                self._run_process()
+            self.clock.sleep(every - self.clock.now % every)
 
     def _run_process(self) -> None:
         """Do what `main` does, with a note of every commit."""
@@ -947,22 +1072,25 @@ class Run:
                 chance=self.rng.random,
             ):
                 model.die_before_commit()
+                gaps = [named(gap, database.cursor(gap.subreddit)) for gap in batch.gaps]
                 rows = map(pipeline.transform, batch.posts)
                 pipeline.load(database, rows, batch.cursors, batch.gaps)
-                self._note(batch)
+                self._note(batch, gaps)
 
-    def _note(self, batch: pipeline.Batch) -> None:
+    def _note(self, batch: pipeline.Batch, gaps: Sequence[Named]) -> None:
         """Write down what a transaction has stored, and when."""
         for post in batch.posts:
             self.result.twice += post["id"] in self.committed
             self.committed.setdefault(post["id"], self.clock.now)
-        for gap in batch.gaps:
+        for gap in gaps:
             self.gaps.append((gap, self.got_back(gap)))
+            held = len(self.model.everything(frozenset([gap.subreddit])))
+            self.result.careful += self.gaps[-1][1] and held > 3 * HORIZON / 4
         self.model.walks.clear()
-        for name in batch.cursors:
-            self._check_owed(name)
+        for cursor in batch.cursors:
+            self._check_owed(cursor.subreddit)
 
-    def got_back(self, gap: pipeline.Gap) -> bool:
+    def got_back(self, gap: Named) -> bool:
         """Tell whether a walk did reach what the gap says it did not."""
         walks = [
             walk
@@ -1012,6 +1140,7 @@ class Run:
             stored = {post_id for (post_id,) in database.execute("SELECT id FROM posts")}
             rows = list(database.execute("SELECT subreddit, after_utc, before_utc FROM gaps"))
             since = dict(database.execute("SELECT subreddit, since_utc FROM cursors"))
+            until = dict(database.execute("SELECT subreddit, newest_utc FROM cursors"))
         assert stored == set(self.committed), "the database differs from what was committed"
         for gap, _ in self.gaps:  # one that lies inside another is not repeated
             assert any(
@@ -1026,7 +1155,15 @@ class Run:
             if post.created < max(model.start, begins + 1) or post.listed > self.end:
                 continue
             self._count_post(post, post.id in stored, rows)
+            passed = post.created + AT_ONCE < until.get(post.subreddit, until.get("all", 0.0))
+            if passed and not post.is_late and post.listed - post.created <= AT_ONCE:
+                result.holes += self._is_hole(post, stored, rows)
         self._count_gaps(stored)
+
+    def _is_hole(self, post: Post, stored: set[str], gaps: list[tuple[str, int, int]]) -> bool:
+        """Tell whether a post that is listed is neither stored nor in a gap."""
+        known = post.id in stored or post.id in self.model.removed
+        return not known and not any(is_inside(post, *row) for row in gaps)
 
     def _count_post(self, post: Post, stored: bool, gaps: list[tuple[str, int, int]]) -> None:
         result = self.result
@@ -1075,6 +1212,85 @@ def simulate(scenario: Scenario, seed: str) -> Result:
         return Run(scenario, seed, Path(directory)).live()
 
 
+# Drawn worlds
+
+
+SOURCES: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"budget": 1000},
+    {"budget": 100},
+    {"budget": 6, "window": 10.0},
+    {"budget": 60, "window": 60.0},
+    {"budget": 600, "headers": False, "window": 60.0},
+    ANONYMOUS,
+    ANONYMOUS | {"feed": True},
+    ANONYMOUS | {"feed": True, "budget": 2},
+    {"token": False, "headers": False, "budget": 60, "window": 60.0, "feed": True},
+)
+
+
+def draw_scenario(rng: random.Random) -> Scenario:
+    """Draw a world: names from a post a second to one a day, failures, kills and the rest."""
+    names = [f"n{number}" for number in range(rng.choice([1, 1, 2, 3, 6, 12, 40]))]
+    rates = {name: 10 ** rng.uniform(-5, 0) for name in names}
+    if rng.random() < 0.5:
+        rates["busy"] = rng.choice([1.0, 3.0, 8.0, 17.0])
+    follow = rng.sample(sorted(rates), len(rates))
+    source = rng.choice(SOURCES)
+    minutes = min(180.0, 20_000 / sum(rates.values()) / 60)
+    outages = [
+        Outage(rng.uniform(5, 400), rng.random() < 0.5) for _ in range(rng.choice([0, 0, 2]))
+    ]
+    cron = rng.choice([0.0, 0.0, 0.0, 60.0, 300.0])
+    return Scenario(
+        f"{len(rates)} names",
+        rates,
+        minutes,
+        jitter=rng.choice([no_jitter, exponential(1)]),
+        follow=tuple(follow),
+        **source,
+        latency=rng.choice([0.05, LATENCY, LATENCY, 1.5]),
+        other=rng.choice([0.0, 0.0, 0.0, 0.3]),
+        late=rng.choice([0.0, 0.0173, 0.1]),
+        on_top=rng.random() < 0.3,
+        tail=rng.choice([120.0, 1200.0]),
+        vanish_after=rng.choice([5.0, 600.0]),
+        lost_anchors=rng.choice([0.0, 0.0, 0.05, 0.3]),
+        thinned=rng.random() < 0.3,
+        history=rng.choice([1, 8, 30, 150, 700, 1300]),
+        burst=rng.choice([(1.0, 0.0), (1.0, 0.0), (10.0, 180.0)]),
+        stall=rng.choice([0.0, 0.0, 25.0]),
+        outages=tuple(outages),
+        cuts=rng.choice([0.0, 0.0, 0.02]),
+        kills=0 if cron else rng.choice([0, 0, 3, 8]),
+        down=rng.choice([(1.0, 10.0), (60.0, 1200.0)]),
+        cron=cron,
+        failing=rng.choice([0.0, 0.0, 0.02, 0.2]),
+        private=rng.choice([("", 0.0, 0.0), (follow[0], minutes / 4, minutes / 2)]),
+        broken=rng.choice(["", "", "", follow[-1]]) if len(follow) > 1 else "",
+        hanging=rng.random() < 0.5,
+    )
+
+
+def search(worlds: int, seed: int) -> int:
+    """Live in drawn worlds; print those that have holes or false gaps, and give their number."""
+    sums, faulty = Counter[str](), 0
+    for world in range(worlds):
+        rng = random.Random(f"{seed} drawn {world}")
+        result = simulate(draw_scenario(rng), f"{seed} world {world}")
+        false = result.false - result.careful  # where it cannot be known, one is named to be safe
+        found = {"holes": result.holes, "false": false, "twice": result.twice}
+        sums.update(found, careful=result.careful, idle=result.idle, true=result.true)
+        sums.update(posts=result.counted)
+        sums.update(lost=result.lost, requests=result.requests)
+        if any(found.values()):
+            faulty += 1
+            print(f"world {world} of seed {seed}: {found}", flush=True)
+    print(f"{worlds} worlds, {faulty} faulty: {dict(sums)}")
+    return faulty
+
+
 # The table
 
 
@@ -1117,6 +1333,7 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
         "catch-up": max(float(result.catch_up) for result in results),
         "429/h": total("refusals") / total("minutes") * 60,
         "twice": total("twice"),
+        "holes": total("holes"),
     }
 
 
@@ -1150,6 +1367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="all of them, if none")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each scenario (10)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
+    parser.add_argument("--drawn", type=int, metavar="N", help="search N drawn worlds for holes")
     parser.add_argument("--list", action="store_true", help="name the scenarios")
     options = parser.parse_args(arguments)
     logging.getLogger("redpipe").setLevel(logging.CRITICAL)
@@ -1158,6 +1376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, scenario in SCENARIOS.items():
             print(f"{name:14} {scenario.title}")
         return 64 if unknown else 0
+    if options.drawn:
+        return 1 if search(options.drawn, options.seed) else 0
     print(f"seed {options.seed}, {options.seeds} runs of each scenario")
     missed = run_all(options.scenarios or list(SCENARIOS), options.seed, options.seeds)
     for line in missed:
@@ -1174,7 +1394,11 @@ def run_all(names: Sequence[str], seed: int, seeds: int) -> list[str]:
         values = figures([simulate(scenario, f"{seed} {name} {run}") for run in range(seeds)])
         if not columns:
             columns = list(values)
-            print(row_of("", [*columns, "took"]), row_of("---", ["---:"] * 17), sep="\n")
+            print(
+                row_of("", [*columns, "took"]),
+                row_of("---", ["---:"] * (len(columns) + 1)),
+                sep="\n",
+            )
         cells = [f"{values[column]:.{DECIMALS.get(column, 0)}f}" for column in columns]
         print(row_of(scenario.title, [*cells, f"{time.monotonic() - began:.0f} s"]), flush=True)
         missed += [f"{name}: {line}" for line in missed_bars(scenario, values)]

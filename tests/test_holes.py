@@ -15,6 +15,7 @@ import os
 import random
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -80,7 +81,14 @@ KINDS = (
     "silence",  # empty pages
     "failures",
     "outage",
+    "private",  # the names turn private for a while
+    "broken",  # or one of them answers 500
 )
+
+ILLS = {
+    "private": error_reply(403, "Forbidden", reason="private"),
+    "broken": error_reply(500, "Internal Server Error"),
+}
 
 arrivals = st.builds(
     Arrivals,
@@ -182,12 +190,14 @@ class Redpipe:
     """A process that follows; `poll` does one walk and checks what came of it."""
 
     def __init__(self, world: World, names: Sequence[str], *, once: bool = False) -> None:
-        self.world = world
+        self.world, self.names = world, names
         self.database = pipeline.Database(world.path, clock=world.clock)
         self.serve = fetch_from(world.reddit, world.clock)
         self.events: list[Event] = []
         self.requests = 0
         self.served: list[Served] = []
+        self.failures = Counter[str]()  # of a page, by name
+        self.ills: dict[str, tuple[Reply, int]] = {}  # with: until which request
         self.doomed = False
         source = pipeline.Reddit(ACCESS, self.fetch, world.clock)
         self.stream = pipeline.stream(source, names, self.database, once=once, chance=lambda: 0.5)
@@ -215,12 +225,30 @@ class Redpipe:
         for event in self.events:
             if event.request == self.requests:
                 self.happen(event, names, after or None)
-        answer = self.serve(request)
+        try:
+            answer = self.ailing(names) or self.serve(request)
+        except pipeline.Failed:
+            self.failed(names)
+            raise
+        if answer.status not in (200, 429):
+            self.failed(names, final=answer.status == 403)
         if answer.status == 200:
+            self.failures[names] = 0
             children = pipeline.parse_json(answer.body)["data"]["children"]
             ids = [child["data"]["id"] for child in children]
             self.served.append(Served(self.world.reddit.log[-1].time, names, not after, ids))
         return answer
+
+    def ailing(self, name: str) -> pipeline.Answer | None:
+        """Answer as a subreddit that is private or broken, as long as it is."""
+        reply, until = self.ills.get(name, (None, 0))
+        return pipeline.Answer(*reply) if reply and self.requests <= until else None
+
+    def failed(self, names: str, *, final: bool = False) -> None:
+        """Forget the pages of a walk that is dropped, after three failures of a page."""
+        self.failures[names] += 1
+        if final or self.failures[names] >= pipeline.TRIES:
+            self.served = [page for page in self.served if page.names != names]
 
     def happen(self, event: Event, names: str, anchor: str | None) -> None:
         """Let an event happen."""
@@ -238,15 +266,17 @@ class Redpipe:
         elif kind == "import":
             self.import_posts(size)
         elif kind.startswith("other"):
-            self.run_another(names)
+            self.run_another()
+        elif kind in ILLS:
+            self.ills[names] = (ILLS[kind], self.requests + 3 * size)
         world.reddit.script(*answers(kind, size))
         if kind.endswith("burst"):
             world.arrive(Arrivals("a", 100 * size, 20 * size, 0))
             world.clock.advance(20 * size)
 
-    def run_another(self, names: str) -> None:
+    def run_another(self) -> None:
         """Let another redpipe poll once."""
-        other = Redpipe(self.world, names.split("+"), once=True)
+        other = Redpipe(self.world, self.names, once=True)
         while other.poll():
             pass
         other.die()
@@ -290,8 +320,8 @@ class Check:
         self.check_cursors(cursors, self.cursors())
         self.check_gaps(self.world.rows("SELECT * FROM gaps")[len(gaps) :])
         self.check_served()
-        for name in self.batch.cursors:
-            self.check_holes(name)
+        for cursor in self.batch.cursors:
+            self.check_holes(cursor.subreddit)
 
     def cursors(self) -> dict[str, int]:
         return dict(self.world.rows("SELECT subreddit, newest_utc FROM cursors"))
@@ -381,11 +411,11 @@ def live(world: World, life: list[Round]) -> None:
 
 def walk(redpipe: Redpipe, part: Round) -> bool:
     """Let a redpipe do some walks; tell whether it has survived them."""
-    redpipe.events, redpipe.requests = part.events, 0
+    redpipe.events, redpipe.requests, redpipe.ills = part.events, 0, {}
     try:
         for _ in range(part.walks):
             redpipe.poll()
-    except KilledError:
+    except (KilledError, pipeline.Gone):  # or private before it could ever be read
         redpipe.die()
         return False
     finally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +91,47 @@ def test_two_hundred_kills_lose_nothing_that_is_listed(redpipe, fake_reddit, tmp
     path = tmp_path / "posts.db"
     assert kill_often(redpipe, fake_reddit, path, 200, random.Random(seed)) > 60
     check(redpipe, fake_reddit, path)
+
+
+def follow_many(redpipe, reddit: FakeReddit, path, names: list[str], seconds: float) -> None:
+    """Follow names of a post a minute, and five of one a second; kill it thrice, end in peace."""
+    reddit.budgets["json"] = Budget(total=1_000_000)
+    weights = names[:5] * 60 + names[5:]
+    reddit.grow(len(weights) / 60, weights, start=time.time() - 300)
+    for _ in range(3):
+        process = redpipe.start(path, *names)
+        time.sleep(seconds / 3)
+        assert process.poll() is None
+        walks = sum("after" not in seen.query for seen in reddit.requests())
+        print(costs(process.pid), f"{len(reddit.requests())} requests, {walks} walks in all")
+        process.kill()
+        process.communicate()
+    listed = {post_id for name in names for post_id in reddit.listing_ids(name)}
+    assert redpipe("--once", path, *names, timeout=300) == (0, "", "")
+    assert listed <= set(stored(path))
+    assert len(listed) > seconds * 4
+
+
+def costs(pid: int) -> str:
+    """Say what a process has taken so far."""
+    user, system = map(int, Path(f"/proc/{pid}/stat").read_text("utf-8").split()[13:15])
+    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text("utf-8"))
+    seconds = (user + system) / os.sysconf("SC_CLK_TCK")
+    return f"{seconds:.1f} s of CPU, peak {int(peak[1]) / 1e3:.1f} MB," if peak else ""
+
+
+def test_many_names_lose_nothing_to_two_kills(redpipe, fake_reddit, tmp_path):
+    names = [f"name{n}" for n in range(30)]
+    follow_many(redpipe, fake_reddit, tmp_path / "posts.db", names, 9)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_three_hundred_names_lose_nothing_in_five_minutes_with_two_kills(
+    redpipe, fake_reddit, tmp_path
+):
+    names = [f"name{n}" for n in range(300)]
+    follow_many(redpipe, fake_reddit, tmp_path / "posts.db", names, 300)
 
 
 def test_a_killed_import_goes_on(redpipe, tmp_path, seed):

@@ -20,24 +20,21 @@ import pipeline
 from fake_reddit import FakeReddit
 from pipeline import (
     Answer,
+    Assumed,
     Budget,
     Cursor,
     Reddit,
-    at_once,
+    Window,
     backoff,
-    can_wait,
-    carries,
-    full_walk_turn,
-    learned,
+    expected_lag,
+    full_walk_is_due,
+    interval_of,
     listing_rate,
     look_back,
-    poll_interval,
     retry_after,
-    seconds_for,
-    spent,
+    spares_full_walk,
     stream,
-    wait_for,
-    window_left,
+    urgency,
 )
 from virtual import VirtualClock, fetch_from
 
@@ -46,6 +43,8 @@ TOTALS = (100, 600, 996, 1000, 10_000)
 HOUR = 3600.0
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # to explain takes minutes
+HEADLESS = Budget(Assumed(60))
+
 simulated = settings(max_examples=5, deadline=None, phases=PHASES)
 pure = settings(deadline=None, phases=PHASES)
 
@@ -68,18 +67,18 @@ def ask_for(seconds, window, budget, pause=0.0, latency=0.0):
     """
     now, requests = 0.0, []
     while now < seconds:
-        wait = wait_for(budget, 1, now)
+        wait = budget.wait(1, now)
         if wait > 0:
             now += wait
             continue
-        budget = spent(budget, now)
+        budget = budget.spend(now)
         granted = window.spend(NOW + now)
         answer = Answer(200, window.as_headers(NOW + now), b"")
         if not granted:
             answer = Answer(*window.refusal(NOW + now))
         requests.append(Sent(now, answer.status))
         now += latency
-        budget = learned(budget, answer, now, NOW + now)
+        budget = budget.learn(answer, now, NOW + now)
         now += pause(budget, now) if callable(pause) else pause
     return requests
 
@@ -96,7 +95,7 @@ def statuses(requests, start=0.0):
 @given(phase=phases)
 def test_a_window_is_used_up_and_never_overdrawn(total, phase):
     window = fake_reddit.Budget(total=total, phase=phase)
-    requests = ask_for(1800, window, Budget(60), pause=0.1)
+    requests = ask_for(1800, window, HEADLESS, pause=0.1)
     assert statuses(requests).keys() == {200}
     assert len(requests) >= 2.8 * min(total, 600 / 0.1)
 
@@ -106,7 +105,7 @@ def test_a_window_is_used_up_and_never_overdrawn(total, phase):
 @given(phase=phases, share=st.floats(0.1, 0.9))
 def test_another_client_on_the_same_budget_is_left_its_part(total, phase, share):
     window = fake_reddit.Budget(total=total, phase=phase, others=share * total / 600)
-    requests = ask_for(HOUR, window, Budget(60), pause=3.0)
+    requests = ask_for(HOUR, window, HEADLESS, pause=3.0)
     # The last request of a window may be taken by the other while ours is under way.
     assert statuses(requests)[429] <= 7
     assert statuses(requests)[200] >= 0.9 * min(HOUR / 3.0, (1 - share) * total * 6)
@@ -119,9 +118,9 @@ def test_polls_are_spread_over_the_window(total, phase):
     window = fake_reddit.Budget(total=total, phase=phase)
 
     def pause(budget, now):
-        return poll_interval(17.0, 25.0, 1, carries(budget, now), window_left(budget, now))
+        return max(interval_of(17.0, 25.0), 1 / budget.known.rate(now))
 
-    sent = [at for at, _ in ask_for(2 * HOUR, window, Budget(60), pause=pause, latency=0.3)]
+    sent = [at for at, _ in ask_for(2 * HOUR, window, HEADLESS, pause=pause, latency=0.3)]
     longest = max(b - a for a, b in pairwise(sent))
     assert longest <= max(25.0, 2.5 * 600 / total)
     assert len(sent) >= min(0.8 * 12 * total, 2 * HOUR / 8)
@@ -130,46 +129,48 @@ def test_polls_are_spread_over_the_window(total, phase):
 @pure
 @given(total=st.sampled_from(TOTALS), phase=phases, pages=st.integers(1, 12))
 def test_a_walk_starts_only_when_the_window_carries_as_many_pages(total, phase, pages):
-    budget = Budget(60, total=total, remaining=pages - 0.5, resets_at=100.0)
-    assert wait_for(budget, pages, 40.0) == 60.0
-    assert wait_for(budget._replace(remaining=float(pages)), pages, 40.0) == 0.0
+    budget = Budget(Window(total, pages - 0.5, 100.0, 600.0))
+    assert budget.wait(pages, 40.0) == 60.0
+    assert Budget(Window(total, float(pages), 100.0, 600.0)).wait(pages, 40.0) == 0.0
 
 
 def test_more_pages_than_a_window_holds_wait_for_a_whole_window():
-    budget = Budget(60, total=5.0, remaining=4.0, resets_at=100.0)
-    assert wait_for(budget, 10, 40.0) == 60.0
-    assert wait_for(budget, 10, 100.0) == 0.0
+    budget = Budget(Window(5.0, 4.0, 100.0, 600.0))
+    assert budget.wait(10, 40.0) == 60.0
+    assert budget.wait(10, 100.0) == 0.0
 
 
 def test_the_total_is_learned_and_learned_anew():
-    budget = Budget(60)
+    budget = HEADLESS
     for used, remaining, total in (("1", "999.0", 1000), ("584.0", "16", 600), ("4", "96.0", 100)):
         headers = {"x-ratelimit-used": used, "x-ratelimit-remaining": remaining}
         answer = Answer(200, headers | {"x-ratelimit-reset": "300"}, b"")
-        budget = learned(budget, answer, 0.0, NOW)
-        assert (budget.total, budget.remaining) == (total, float(remaining))
+        budget = budget.learn(answer, 0.0, NOW)
+        assert isinstance(budget.known, Window)
+        assert (budget.known.total, budget.known.remaining) == (total, float(remaining))
 
 
 def test_requests_past_the_limit_do_not_count_as_a_larger_total():
     headers = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
-    budget = Budget(60, total=100.0, remaining=0.0, resets_at=60.0)
+    budget = Budget(Window(100.0, 0.0, 60.0, 600.0))
     answer = Answer(429, headers | {"x-ratelimit-used": "350"}, b"")
-    assert learned(budget, answer, 0.0, NOW).total == 100
+    assert budget.learn(answer, 0.0, NOW).wait(100, 61.0) == 0.0
+    assert budget.learn(answer, 0.0, NOW).free(61.0) == 100
 
 
 def test_a_429_that_tells_only_that_nothing_remains_is_no_total():
     headers = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "30"}
-    budget = learned(spent(Budget(10), 0.0), Answer(429, headers, b""), 0.0, NOW)
-    assert 30.0 <= wait_for(budget, 1, 0.0) <= 31.0
+    budget = Budget(Assumed(10)).spend(0.0).learn(Answer(429, headers, b""), 0.0, NOW)
+    assert 30.0 <= budget.wait(1, 0.0) <= 31.0
     for minute in range(1, 30):  # the others carry no headers
-        budget = learned(spent(budget, minute * 60.0), Answer(200, {}, b""), minute * 60.0, NOW)
-        assert wait_for(budget, 1, minute * 60.0) <= 12.0
+        budget = budget.spend(minute * 60.0).learn(Answer(200, {}, b""), minute * 60.0, NOW)
+        assert budget.wait(1, minute * 60.0) <= 12.0
 
 
 @pytest.mark.parametrize("text", ["", "many", "nan", "inf", "-inf", "1e999", "0x10"])
 def test_headers_that_are_no_numbers_are_as_good_as_none(text):
     headers = {f"x-ratelimit-{key}": text for key in ("used", "remaining", "reset")}
-    assert learned(Budget(60), Answer(200, headers, b""), 0.0, NOW) == Budget(60)
+    assert HEADLESS.learn(Answer(200, headers, b""), 0.0, NOW) == HEADLESS
 
 
 # Without headers
@@ -180,7 +181,7 @@ def test_headers_that_are_no_numbers_are_as_good_as_none(text):
 @given(phase=st.floats(0, 59))
 def test_without_headers_the_assumed_rate_is_used_up_and_not_exceeded(per_minute, phase):
     window = fake_reddit.Budget(total=per_minute, window=60, phase=phase, headers=False)
-    requests = ask_for(HOUR, window, Budget(per_minute), pause=0.1)
+    requests = ask_for(HOUR, window, Budget(Assumed(per_minute)), pause=0.1)
     assert statuses(requests) == {200: 60 * per_minute}
 
 
@@ -188,7 +189,7 @@ def test_without_headers_the_assumed_rate_is_used_up_and_not_exceeded(per_minute
 @pytest.mark.parametrize("per_minute", [1, 2, 5])
 def test_a_lower_rate_is_found_and_then_exceeded_at_most_once_an_hour(per_minute, advice):
     window = fake_reddit.Budget(per_minute, 60, 13, headers=False, advice=advice)
-    requests = ask_for(12 * HOUR, window, Budget(10), pause=0.1)
+    requests = ask_for(12 * HOUR, window, Budget(Assumed(10)), pause=0.1)
     assert statuses(requests)[429] <= 12 + math.log2(10 / per_minute) + 1
     refused = [at for at, status in requests if status == 429 and at > HOUR]
     assert all(b - a > 0.95 * HOUR for a, b in pairwise(refused))
@@ -196,61 +197,63 @@ def test_a_lower_rate_is_found_and_then_exceeded_at_most_once_an_hour(per_minute
 
 
 def test_a_429_without_advice_doubles_the_spacing_which_then_shrinks_slowly():
-    budget = Budget(10)
+    budget = Budget(Assumed(10))
     refusal = Answer(429, {}, b"")
     spacings = []
     for hour in range(4):
-        budget = learned(budget, refusal, hour * 60.0, NOW)
-        spacings.append(1 / carries(budget, hour * 60.0))
+        budget = budget.learn(refusal, hour * 60.0, NOW)
+        spacings.append(1 / budget.known.rate(hour * 60.0))
     assert spacings == pytest.approx([12.0, 24.0, 48.0, 96.0])
-    later = [1 / carries(budget, 180.0 + hours * HOUR) for hours in (0.5, 1.0, 2.0, 3.0, 4.0, 9.0)]
+    later = [
+        1 / budget.known.rate(180.0 + hours * HOUR) for hours in (0.5, 1.0, 2.0, 3.0, 4.0, 9.0)
+    ]
     assert later == pytest.approx([96.0, 48.0, 24.0, 12.0, 6.0, 6.0])
 
 
-@pure
-@given(doublings=st.integers(0, 6), sent=st.integers(0, 12), pages=st.integers(1, 12))
-def test_so_many_requests_go_out_within_the_seconds_told(doublings, sent, pages):
-    budget, now = Budget(10, doublings=doublings), 0.0
-    for _ in range(sent):
-        budget = spent(budget, now)
-    ends = seconds_for(budget, pages, now)
-    for _ in range(pages):
-        now += wait_for(budget, 1, now)
-        budget = spent(budget, now)
-    assert now <= ends
+def test_a_429_without_advice_waits_longer_each_time_in_a_window_that_is_known():
+    budget, waits = Budget(Window(600, 590, 500, 600)), []
+    for _ in range(8):
+        budget = budget.learn(Answer(429, {}, b""), 0.0, NOW)
+        waits.append(budget.wait(1, 0.0))
+    assert waits == [2, 4, 8, 16, 32, 64, 64, 64]
+    assert budget.learn(Answer(200, {}, b""), 64.0, NOW).free(64.0) == 590
 
 
-def test_a_window_that_is_known_makes_429s_without_advice_count_for_less():
-    budget = Budget(60, total=600, remaining=590, resets_at=500)
-    for _ in range(9):
-        budget = learned(budget, Answer(429, {}, b""), 0.0, NOW)
-    assert carries(budget, 0.0) == pytest.approx(1 / 8)
-    assert carries(budget, 601.0) == pytest.approx(1 / 4)
-    assert at_once(budget, 1801.0) == 600
+@pytest.mark.parametrize("length", [10.0, 60.0, 600.0, 3600.0])
+def test_a_window_is_as_long_as_the_longest_reset_that_was_told(length):
+    budget = HEADLESS
+    for reset in (0.3 * length, length - 1, 0.5 * length):
+        headers = told(x_ratelimit_used="1", x_ratelimit_remaining="5", x_ratelimit_reset=reset)
+        headers = {name: str(value) for name, value in headers.items()}
+        budget = budget.learn(Answer(200, headers, b""), 0.0, NOW)
+    assert budget.wait(7, 0.0) == 0.5 * length + 1
+    for _ in range(6):
+        budget = budget.spend(0.5 * length + 1)
+    assert budget.wait(1, 0.5 * length + 1) == length
 
 
 def test_a_doubling_that_is_forgiven_leaves_no_trace():
     told = {"x-ratelimit-used": "1", "x-ratelimit-remaining": "9999", "x-ratelimit-reset": "599"}
-    budget = learned(Budget(10), Answer(429, {}, b""), 0.0, NOW)
-    budget = learned(budget, Answer(200, told, b""), HOUR + 1, NOW)
+    budget = Budget(Assumed(10)).learn(Answer(429, {}, b""), 0.0, NOW)
+    budget = budget.learn(Answer(200, told, b""), HOUR + 1, NOW)
     for _ in range(100):
-        budget = spent(budget, HOUR + 2)
-    assert wait_for(budget, 1, HOUR + 2) == 0.0
-    assert at_once(budget, HOUR + 2) == 9899
+        budget = budget.spend(HOUR + 2)
+    assert budget.wait(1, HOUR + 2) == 0.0
+    assert budget.free(HOUR + 2) == 9899
 
 
 def test_no_wait_grows_without_bound():
-    budget, now = Budget(10), 0.0
+    budget, now = Budget(Assumed(10)), 0.0
     for _ in range(50):
-        budget = learned(spent(budget, now), Answer(429, {}, b""), now, NOW)
-        now += wait_for(budget, 1, now)
-    assert wait_for(learned(budget, Answer(429, {}, b""), now, NOW), 1, now) <= 600
+        budget = budget.spend(now).learn(Answer(429, {}, b""), now, NOW)
+        now += budget.wait(1, now)
+    assert budget.learn(Answer(429, {}, b""), now, NOW).wait(1, now) <= 600
 
 
 @pytest.mark.parametrize("advice", ["plain", "zero", "seconds", "date"])
 def test_a_window_that_another_client_has_emptied_is_not_asked_all_the_time(advice):
     window = fake_reddit.Budget(total=100, others=1.7, advice=advice)
-    requests = ask_for(2 * HOUR, window, Budget(60), pause=3.0)
+    requests = ask_for(2 * HOUR, window, HEADLESS, pause=3.0)
     assert statuses(requests)[429] <= 12 * 12
     assert statuses(requests)[200] >= 6
 
@@ -321,38 +324,38 @@ def forbidden_until(answer, now, utc):
     came=st.lists(st.tuples(answers, st.floats(0, 30), st.integers(1, 12)), max_size=12),
 )
 def test_nothing_is_asked_while_remaining_is_0_or_within_a_retry_after(per_minute, came):
-    budget, now, forbidden = Budget(per_minute), 0.0, 0.0
+    budget, now, forbidden = Budget(Assumed(per_minute)), 0.0, 0.0
     for answer, pause, pages in came:
         now += pause
-        allowed = now + wait_for(budget, pages, now)
-        free = at_once(budget, now)
+        allowed = now + budget.wait(pages, now)
+        free = budget.free(now)
         assert allowed >= forbidden - 1e-6
         assert free == 0 or now >= forbidden - 1e-6
         now = allowed
-        budget = learned(spent(budget, now), answer, now, NOW)
+        budget = budget.spend(now).learn(answer, now, NOW)
         forbidden = forbidden_until(answer, now, NOW)
 
 
 @pure
 @given(came=st.lists(st.tuples(answers, st.floats(0, 30)), max_size=12), pages=st.integers(1, 12))
 def test_every_wait_ends_and_then_something_may_be_asked(came, pages):
-    budget, now = Budget(10), 0.0
+    budget, now = Budget(Assumed(10)), 0.0
     for answer, pause in came:
         now += pause
-        budget = learned(spent(budget, now), answer, now, NOW)
+        budget = budget.spend(now).learn(answer, now, NOW)
     for _ in range(10):
-        wait = wait_for(budget, pages, now)
+        wait = budget.wait(pages, now)
         assert 0.0 <= wait <= 86_400.0
         now += wait
     assert wait == 0.0
-    assert at_once(budget, now) >= 1
-    assert carries(budget, now) > 0
+    assert budget.free(now) >= 1
+    assert budget.known.rate(now) > 0
 
 
 def test_rounding_does_not_let_a_wait_end_before_something_may_be_asked():
     began = 4.581669069240554
-    budget = Budget(10, sent=(began,) * 10)
-    assert at_once(budget, began + wait_for(budget, 1, began)) >= 1
+    budget = Budget(Assumed(10, (began,) * 10))
+    assert budget.free(began + budget.wait(1, began)) >= 1
 
 
 # How often, how far back, how deep
@@ -383,23 +386,18 @@ def test_the_rate_is_that_of_the_newer_half():
     ],
 )
 def test_a_poll_comes_when_a_page_of_posts_has(rate, interval, seconds):
-    assert poll_interval(rate, interval, 1, 100.0, 600.0) == pytest.approx(seconds)
+    assert interval_of(rate, interval) == pytest.approx(seconds)
 
 
 @pure
-@given(
-    rate=rates,
-    interval=st.floats(1, 3600),
-    pages=st.integers(1, 12),
-    budget=budget_rates,
-    left=st.floats(0, 600),
-)
-def test_polls_are_affordable_and_no_rarer_than_need_be(rate, interval, pages, budget, left):
-    pause = poll_interval(rate, interval, pages, budget, left)
-    assert pause >= 1.0
-    assert pages / pause <= budget * 1.001 or pause >= left  # then the budget is new
-    assert pause <= max(interval, left)
-    assert pause <= interval or pages / pause >= budget * 0.999
+@given(rates=st.lists(st.floats(1e-5, 30), min_size=2, max_size=9), left_out=st.integers(0, 8))
+def test_no_listing_waits_for_ever_however_busy_the_others_are(rates, left_out):
+    patient = rates[left_out % len(rates)]
+    assert urgency(patient, 1e5) > max(urgency(rate, 25.0) for rate in rates)
+
+
+def test_a_listing_that_seems_dead_is_expected_to_get_a_post_a_day():
+    assert urgency(0.0, 60.0) == urgency(1 / 86400, 60.0) < urgency(1 / 86399, 60.0)
 
 
 class Memory:
@@ -408,9 +406,12 @@ class Memory:
     def __init__(self, clock):
         self.clock = clock
 
-    def cursors(self, names):
+    def cursor(self, name):
         ago = int(self.clock.now) - 5
-        return {name: Cursor(0, ago, ago) for name in names}
+        return Cursor(name, 0, ago, ago)
+
+    def rates(self):
+        return {}
 
     def unstored(self, posts):
         return []
@@ -433,49 +434,31 @@ def test_no_pause_is_longer_than_the_rest_of_the_window(others):
     assert max(b - a for a, b in pairwise(times)) <= 610
 
 
-def test_the_look_back_begins_with_30_seconds():
-    assert look_back([], 1.0, 1.0) == 30.0
-    assert look_back([0.0] * 999, 0.0, 1.0) == 30.0
+def test_the_lag_expected_is_30_seconds_until_enough_is_known():
+    assert expected_lag([]) == expected_lag([0.0] * 999) == 30
 
 
-def test_the_look_back_adapts_to_the_lateness_seen():
-    assert look_back([0.0] * 1000, 1.0, 1.0) == 5.0
-    assert look_back([0.0] * 999 + [8.0], 1.0, 1.0) == 17.0
-    assert look_back([0.0] * 999 + [59.0], 1.0, 1.0) == 60.0
-    assert look_back([0.0] * 1999 + [59.0], 1.0, 1.0) == 5.0
-
-
-def test_the_look_back_shrinks_when_the_budget_is_scarce():
-    at_17_a_second = [look_back([], 17.0, a_minute / 60) for a_minute in (60, 40, 20, 15, 10)]
-    assert at_17_a_second[0] == at_17_a_second[1] == pytest.approx(500 / 17, rel=0.03)
-    assert at_17_a_second[1] > at_17_a_second[2] > at_17_a_second[3] == at_17_a_second[4] == 5.0
+def test_the_lag_expected_adapts_to_what_is_seen():
+    assert expected_lag([0.0] * 1000) == 5
+    assert expected_lag([0.0] * 999 + [8.0]) == 17
+    assert expected_lag([0.0] * 999 + [59.0]) == 60
+    assert expected_lag([0.0] * 1999 + [59.0]) == 5
 
 
 @pure
-@given(
-    lateness=st.lists(st.floats(0, 60), max_size=20).map(lambda some: some * 100),
-    rate=rates,
-    budget=budget_rates,
-)
-def test_the_look_back_is_never_more_than_a_minute_or_half_a_listing(lateness, rate, budget):
-    seconds = look_back(lateness, rate, budget)
+@given(lags=st.lists(st.floats(0, 60), max_size=20).map(lambda some: some * 100), rate=rates)
+def test_the_look_back_is_never_more_than_a_minute_or_half_a_listing(lags, rate):
+    seconds = look_back(expected_lag(lags), rate)
     assert 0.0 <= seconds <= 60.0
     assert seconds * rate <= 500.001
 
 
-@pure
-@given(rate=st.floats(0.001, 30), budget=budget_rates, more=st.floats(0, 5))
-def test_a_larger_budget_never_shortens_the_look_back(rate, budget, more):
-    assert look_back([], rate, budget) <= look_back([], rate, budget + more)
-
-
-def full_walks(times, rate, budget, names=1):
-    """Give the times of the full walks, and the number of the name."""
+def full_walks(times, rate, share, name="python"):
+    """Give the times of a name's full walks."""
     polled, walks = times[0], []
     for now in times[1:]:
-        turn = full_walk_turn([polled] * names, now, rate, budget)
-        if turn is not None:
-            walks.append((now, turn))
+        if full_walk_is_due(Cursor(name, 0, 0, polled), now, rate, share):
+            walks.append(now)
         polled = now
     return walks
 
@@ -484,7 +467,7 @@ DAY = [NOW + n * 25.0 for n in range(3456)]
 
 
 @pytest.mark.parametrize(
-    ("rate", "budget", "walks"),
+    ("rate", "share", "walks"),
     [
         (17.0, 1.0, 288),  # every 5 minutes
         (1.0, 1.0, 288),
@@ -492,44 +475,30 @@ DAY = [NOW + n * 25.0 for n in range(3456)]
         (0.1, 0.01, 5),  # 10 pages are a tenth of the budget in 10,000 s
         (1 / 300, 1.0, 2),  # hardly ever
         (0.0, 1.0, 0),
-        (17.0, 0.0, 0),
     ],
 )
-def test_the_whole_listing_is_walked_as_age_and_budget_allow(rate, budget, walks):
-    assert len(full_walks(DAY, rate, budget)) == pytest.approx(walks, abs=1)
+def test_the_whole_listing_is_walked_as_age_and_budget_allow(rate, share, walks):
+    assert len(full_walks(DAY, rate, share)) == pytest.approx(walks, abs=1)
 
 
-@pytest.mark.parametrize(("names", "walks"), [(2, 288), (3, 288), (4, 144), (11, 72)])
-def test_several_names_take_turns_within_a_tenth_of_the_budget(names, walks):
-    counts = Counter(turn for _, turn in full_walks(DAY, 1.0, 1 / 3, names))
-    assert sum(counts.values()) == pytest.approx(288, abs=1)
-    assert max(counts.values()) - min(counts[n] for n in range(names)) <= 2
+def test_the_turns_of_several_names_do_not_fall_together():
+    walks = Counter(at for n in range(60) for at in full_walks(DAY, 1.0, 1 / 60, f"name{n}"))
+    assert sum(walks.values()) == pytest.approx(60 * 9, abs=60)
+    assert max(walks.values()) <= 6
 
 
-@pytest.mark.parametrize("names", [2, 3, 6, 12, 60])
 @pytest.mark.parametrize("hours", [1, 24])
-def test_a_rare_run_meets_every_name_in_time(names, hours):
-    runs = [NOW + n * hours * HOUR for n in range(20 * names)]
-    counts = Counter(turn for _, turn in full_walks(runs, 1 / 300, 1.0, names))
-    assert len(counts) == names
+def test_a_rare_run_meets_every_name_in_time(hours):
+    runs = [NOW + n * hours * HOUR for n in range(200)]
+    assert all(full_walks(runs, 1 / 300, 1 / 60, f"name{n}") for n in range(60))
 
 
 @pytest.mark.parametrize(
-    ("rate", "seconds", "can"),
-    [(4.0, 60.0, True), (5.0, 60.0, False), (17.0, 10.0, True), (0.0, 121.0, False)],
+    ("rate", "per_minute", "spare"),
+    [(17.0, 60, True), (8.3, 10, True), (8.4, 10, False), (0.0, 1, True)],
 )
-def test_what_is_listed_waits_for_a_full_walk_while_the_listing_holds_it(rate, seconds, can):
-    assert can_wait(rate, seconds) is can
-
-
-def test_a_turn_is_used_by_a_poll_of_its_own_name_alone():
-    now = NOW + 1000.0
-    turn = full_walk_turn([NOW, NOW], now, 1.0, 1.0)
-    polled = [now, now]
-    assert turn is not None
-    polled[turn] = float(NOW)
-    assert full_walk_turn(polled, now, 1.0, 1.0) == turn
-    assert full_walk_turn([now, now], now, 1.0, 1.0) is None
+def test_no_listing_loses_its_tail_while_another_is_walked_in_full(rate, per_minute, spare):
+    assert spares_full_walk(rate, per_minute / 60) is spare
 
 
 def test_a_restart_repeats_no_full_walk():
@@ -538,21 +507,19 @@ def test_a_restart_repeats_no_full_walk():
 
 @pure
 @given(st.lists(st.floats(-1e7, 1e7), max_size=20), st.floats(0.01, 30), st.floats(0.01, 10))
-def test_a_clock_that_is_set_causes_one_full_walk_at_most(steps, rate, budget):
+def test_a_clock_that_is_set_causes_one_full_walk_at_most(steps, rate, share):
     times = [NOW + 0.0]
     for step in steps:
         times += [times[-1] + step, times[-1] + step + 1.0]
-    assert len(full_walks(times, rate, budget)) <= 2 * len(steps)
-    polled = times[-1]
-    assert full_walks([polled, polled], rate, budget) == []
+    assert len(full_walks(times, rate, share)) <= 2 * len(steps)
+    assert full_walks([times[-1], times[-1]], rate, share) == []
 
 
 @pure
-@given(failures=st.integers(1, 10_000), rate=st.none() | rates, chance=st.floats(0, 0.999))
+@given(failures=st.integers(1, 10_000), rate=rates, chance=st.floats(0, 0.999))
 def test_a_wait_after_failures_is_jittered_and_bounded(failures, rate, chance):
     seconds = backoff(failures, rate, chance)
-    longest = 5.0 if rate is None else min(60.0, max(5.0, 100 / max(rate, 1e-9)))
-    assert 0.5 <= seconds <= longest * 1.001
+    assert 0.5 <= seconds <= min(60.0, max(5.0, 100 / max(rate, 1e-9))) * 1.001
     assert backoff(failures, rate, 0.0) == pytest.approx(
         backoff(failures, rate, 0.9999) / 2, rel=1e-3
     )
@@ -564,4 +531,3 @@ def test_waits_after_failures_double_up_to_the_longest():
     assert [backoff(n, 17.0, 0.0) for n in range(1, 6)] == pytest.approx(
         [0.5, 1, 2, 2.94, 2.94], abs=0.01
     )
-    assert [backoff(n, None, 0.0) for n in range(1, 6)] == [0.5, 1, 2, 2.5, 2.5]

@@ -1,6 +1,6 @@
 """Follow an invented Reddit on a virtual clock: each promise of the stream has its test.
 
-T is the time at which every test begins, and 300 s later the first full walk is due.
+T is the time at which every test begins, and 300 s later r/python's first full walk is due.
 `listed("a", -60)` is a post of r/python that was created 60 s before T; a `World` holds the
 listing, the clock and a real database file.
 """
@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ import pipeline
 from fake_reddit import Budget, FakeReddit, Fault, Post, error_reply, listing, thing
 from virtual import VirtualClock, fetch_from
 
-T = 1_789_132_800  # a multiple of 300 times a large power of two
+# The turns of full walks follow from clock and name; this makes T the beginning of r/python's.
+T = 1_789_200_000 - (1_789_200_000 + zlib.crc32(b"python")) % (300 * 2**10)
 ACCESS = pipeline.Access(client_id="app-id", client_secret="app-secret")
 
 
@@ -163,7 +165,7 @@ def test_a_walk_of_several_pages_is_one_batch_with_its_cursor(world):
     world.list_posts("p", 250, -250, 1)
     (batch,) = world.once()
     assert len(batch.posts) == 250
-    assert batch.cursors == {"python": pipeline.Cursor(T - 250, T - 1, T)}
+    assert batch.cursors == [pipeline.Cursor("python", T - 250, T - 1, T)]
     assert batch.gaps == []
 
 
@@ -276,10 +278,10 @@ def test_after_a_kill_between_walk_and_transaction_the_next_poll_gives_the_same(
 def test_posts_gaps_and_cursors_are_one_transaction(world):
     world.reddit.add(listed("a", -50))
     world.once()
-    cursor = pipeline.Cursor(T, T, T)
-    impossible = pipeline.Gap("python", T, object(), T, T - 50)  # SQLite cannot store it
+    cursor = pipeline.Cursor("python", T, T, T)
+    impossible = pipeline.Gap("python", 0, object(), T)  # SQLite cannot store it
     with pytest.raises(pipeline.StorageFailed):
-        world.load([listed("b", 0)], {"python": cursor}, [impossible])
+        world.load([listed("b", 0)], [cursor], [impossible])
     assert (world.stored(), world.cursor()) == (["a"], T - 50)
 
 
@@ -307,11 +309,13 @@ def test_the_look_back_stays_long_while_posts_are_late(world):
     assert pages_of_each_poll(world, lateness=12)[-1] >= 4  # twice 12 s, and what is new
 
 
-def test_the_look_back_shrinks_when_the_budget_is_scarce(world):
-    world.reddit.budgets["oauth"] = Budget(100)
-    spare = pages_of_each_poll(world, lateness=0, polls=2)[0]
-    world.reddit.budgets["oauth"] = Budget(100_000)
-    assert spare < pages_of_each_poll(world, lateness=0, polls=2)[0]
+def test_the_look_back_is_half_of_the_listing_at_most(world):
+    world.list_posts("p", 1000, -25, 0.025)
+    stream = world.follow()
+    next(stream)
+    asked = len(world.asked())
+    next(stream)
+    assert len(world.asked(asked)) == 5  # 500 posts, of which 40 come a second
 
 
 def pages_of_each_poll(world: World, lateness: float, polls: int = 40) -> list[int]:
@@ -348,21 +352,18 @@ def test_what_is_approved_later_is_stored_by_a_full_walk_within_five_minutes(wor
     assert "approved" in world.stored()
 
 
-def test_what_is_approved_later_in_a_quiet_name_is_found_when_it_is_walked_alone(world):
-    world.list_posts("busy", 1000, -1000, 1)
-    world.list_posts("quiet", 5, -8000, 900, subreddit="rust")
-    stream = world.follow("python", "rust")
-    alone = []
-    for n in range(60):
-        world.list_posts(f"n{n}x", 25, n * 25, 1)
-        asked = len(world.asked())
+def test_a_walk_that_goes_on_into_a_turn_does_not_use_it_up(world):
+    world.list_posts("p", 900, -900, 1)
+    stream = world.follow(interval=23)
+    next(stream)
+    for n in range(13):
+        world.list_posts(f"n{n}x", 20 if n < 12 else 150, n * 23, 0.1)
+        if n == 12:  # at 299 s, and the full walk is due at 300 s
+            world.before(2, lambda: world.clock.advance(5))
         next(stream)
-        if n == 5:
-            world.reddit.add(listed("approved", -4000, "rust"))
-        alone += [round(world.clock.time() - T) for r in world.asked(asked) if r == "rust"]
-    # New, then beyond the joint listing, then at its turn: once in 300 s.
-    assert alone[:2] == [0, 25]
-    assert [at // 300 for at in alone[2:]] == [0, 1, 2, 3, 4]
+    world.reddit.add(listed("approved", -500))
+    assert world.clock.time() == T + 304
+    next(stream)
     assert "approved" in world.stored()
 
 
@@ -625,9 +626,8 @@ def test_a_gap_is_named_once(world):
 def test_a_gap_inside_one_that_has_been_named_is_not_named(world):
     world.reddit.add(listed("a", -50))
     world.once()
-    for after, before in ((-80, 10), (-80, 10), (-70, 5), (-80, 11)):
-        gap = pipeline.Gap("python", T + after, T + before, T, T - 50)
-        world.load([], {}, [gap])
+    for lag, before in ((30, 10), (30, 10), (20, 5), (30, 11)):
+        world.load([], [], [pipeline.Gap("python", lag, T + before, T)])
     assert world.gaps() == [("python", T - 80, T + 10), ("python", T - 80, T + 11)]
 
 
@@ -734,11 +734,11 @@ def test_the_lateness_seen_makes_a_gap_begin_closer_to_the_cursor(world):
     world.list_posts("lost", 500, age + 1, 1)
     world.list_posts("kept", 1000, age + 2000, 1)
     next(stream)
-    # Nothing came late, but ten seconds are always allowed for.
-    assert world.gaps() == [("python", cursor - 10, int(T + age) + 2009)]
+    # Nothing came late, but five seconds are always allowed for.
+    assert world.gaps() == [("python", cursor - 5, int(T + age) + 2009)]
 
 
-def test_gaps_are_told_at_the_first_and_then_once_an_hour_with_their_number(world, told):
+def test_gaps_are_told_at_the_first_and_then_once_an_hour_with_names_and_number(world, told):
     world.list_posts("p", 20, -100, 1)
     stream = world.follow()
     next(stream)
@@ -748,122 +748,60 @@ def test_gaps_are_told_at_the_first_and_then_once_an_hour_with_their_number(worl
         world.clock.advance(1060)
         next(stream)
         next(stream)
-        hours.append([text.split(":")[0] for text in told()])
+        hours.append([text.split(",")[0] for text in told()])
     assert len(world.gaps()) == 8
-    assert hours[0] == ["1 more gap(s)"]
-    assert hours[3] == ["1 more gap(s)"]
-    assert hours[7] == ["1 more gap(s)", "3 more gap(s)"]
+    assert hours[0] == ["r/python: 1 gap(s)"]
+    assert hours[3] == ["r/python: 1 gap(s)"]
+    assert hours[7] == ["r/python: 1 gap(s)", "r/python: 3 gap(s)"]
+
+
+def test_a_single_run_tells_the_gaps_of_all_its_names(world, told):
+    for name in ("python", "rust"):
+        world.list_posts(f"{name}old", 20, -100, 1, subreddit=name)
+    world.once("python", "rust")
+    for name in ("python", "rust"):
+        world.list_posts(f"{name}new", 1000, 501, 1, subreddit=name)
+    world.clock.advance(2000)
+    world.once("python", "rust")
+    assert [text.split(",")[0] for text in told()] == ["r/python: 1 gap(s)", "r/rust: 1 gap(s)"]
 
 
 # Several names
 
 
-def follow_two(world: World) -> None:
-    """Store two posts of r/python, which will be busy, and two of quiet r/rust."""
-    world.list_posts("p", 2, -50, 1)
-    world.list_posts("r", 2, -70, 1, subreddit="rust")
-    world.once("python", "rust")
-
-
-def test_several_names_with_cursors_are_one_listing(world):
-    follow_two(world)
-    asked = len(world.asked())
-    world.once("python", "rust")
-    assert world.asked(asked) == ["python+rust"]
-
-
-def test_each_name_has_its_cursor(world):
+def test_each_name_is_a_listing_of_its_own_with_its_cursor(world):
     world.reddit.add(listed("p", -50))
     world.once("python")
     world.reddit.add(listed("r", -70, "rust"))
+    asked = len(world.asked())
     world.once("python", "rust")
+    assert world.asked(asked) == ["python", "rust"]
     rows = "SELECT subreddit, since_utc, newest_utc FROM cursors ORDER BY 1"
     assert world.rows(rows) == [("python", T - 50, T - 50), ("rust", T - 70, T - 70)]
 
 
-def test_a_joint_walk_goes_back_to_the_oldest_cursor(world):
-    world.list_posts("r", 2, -7000, 1, subreddit="rust")
-    world.once("rust")
-    world.list_posts("p", 300, -3000, 10)
-    world.once("python")
-    world.list_posts("x", 10, -5000, 1, subreddit="rust")
+def test_a_gap_of_a_busy_name_is_none_of_a_quiet_one(world):
+    world.list_posts("p", 2, -50, 1)
+    world.list_posts("r", 2, -70, 1, subreddit="rust")
     world.once("python", "rust")
-    assert len(world.stored()) == 312
-
-
-def test_a_busy_name_that_hides_a_quiet_one_makes_no_gap_for_it(world):
-    follow_two(world)
     world.clock.advance(2000)
     world.list_posts("quiet", 3, 100, 1, subreddit="rust")
     world.list_posts("busy", 1200, 200, 1)
-    asked = len(world.asked())
     world.once("python", "rust")
-    walks = [request for request in world.asked(asked) if "after" not in request]
-    assert walks == ["python+rust", "python", "rust"]
     assert world.gaps() == [("python", T - 49 - 30, T + 400 + 9)]
-    assert [i for i in world.stored() if i[:5] == "quiet"] == ["quiet0", "quiet1", "quiet2"]
-    # How far Reddit's listing has come shows in both.
-    assert world.cursor("rust") == T + 200 + 1199
+    assert len(world.stored()) == 4 + 1000 + 3
 
 
-def test_a_quiet_name_that_was_walked_alone_is_not_far_behind_the_next_time(world):
-    world.list_posts("busy", 1200, -1300, 1)
-    world.list_posts("quiet", 1, -86_400, 1, subreddit="rust")
-    stream = world.follow("python", "rust")
-    for _ in range(4):  # each alone, both together, r/rust alone
-        next(stream)
-    asked = len(world.asked())
-    next(stream)
-    assert world.asked(asked) == ["python+rust"]
-
-
-def test_a_name_that_only_seemed_empty_is_not_taken_for_read(world):
-    follow_two(world)
-    world.clock.advance(2000)
-    world.list_posts("quiet", 3, 100, 1, subreddit="rust")
-    world.list_posts("busy", 1200, 200, 1)
-    world.reddit.script(*[(200, {}, listing([]))] * 4, on="/r/rust/new")
-    stream = world.follow("python", "rust")
-    for _ in range(3):  # both together, then each alone
-        next(stream)
-    assert world.cursor("rust") == T - 69
-    for _ in range(2):
-        next(stream)
-    assert [i for i in world.stored() if i[:5] == "quiet"] == ["quiet0", "quiet1", "quiet2"]
-    assert world.cursor("rust") == T + 200 + 1199
-
-
-def test_a_name_that_is_empty_is_not_far_behind_for_ever(world):
-    world.list_posts("busy", 1200, -1300, 1)
-    stream = world.follow("python", "rust")
-    for _ in range(6):
-        next(stream)
-    world.clock.advance(2000)
-    world.list_posts("more", 1200, 700, 1)
-    for _ in range(6):
-        next(stream)
-    asked = len(world.asked())
-    next(stream)
-    assert world.asked(asked) == ["python+rust"]
-
-
-def test_a_name_that_is_empty_does_not_make_every_single_run_long(world):
-    world.list_posts("busy", 1200, -1300, 1)
-    world.once("python", "rust")
-    world.clock.advance(3000)
-    world.list_posts("more", 1200, 1800, 1)
-    world.once("python", "rust")
-    asked = len(world.asked())
-    world.once("python", "rust")
-    assert world.asked(asked) == ["python+rust"]
+def quiet_names(world: World, count: int, **more: Any) -> list[str]:
+    """List 20 posts, one in 100 s, in each of so many subreddits."""
+    names = [f"quiet{n}" for n in range(count)]
+    for name in names:
+        world.list_posts(f"{name}x", 20, -9000, 100, subreddit=name, **more)
+    return names
 
 
 def test_a_name_that_turns_private_keeps_none_of_many_from_being_walked(world):
-    names = [f"quiet{n}" for n in range(40)]
-    world.reddit.create(*names)
-    for name in names:
-        world.list_posts(f"{name}x", 20, -9000, 100, subreddit=name)
-    world.reddit.joint_refused = True
+    names = quiet_names(world, 40)
     world.access = pipeline.Access()  # ten requests a minute
     world.once(*names)
     world.reddit.refuse("quiet39", "private")
@@ -871,95 +809,86 @@ def test_a_name_that_turns_private_keeps_none_of_many_from_being_walked(world):
     for name in names:
         world.list_posts(f"{name}y", 1, 290, 1, subreddit=name)
     stream = world.follow(*names)
-    for _ in range(60):
+    for _ in range(39):
         next(stream)
     assert len([i for i in world.stored() if "y" in i]) == 39
 
 
-def test_names_that_can_only_be_walked_alone_are_walked_in_full_in_turns(world):
+def test_what_is_approved_later_is_found_by_single_runs_beside_a_name_that_is_private(world):
     world.list_posts("p", 300, -3000, 10)
     world.list_posts("r", 300, -3000, 10, subreddit="rust")
     world.reddit.create("closed")
     world.once("python", "rust", "closed")
     world.reddit.refuse("closed", "private")
-    world.reddit.joint_refused = True
     world.reddit.add(listed("approved", -2500))
     world.reddit.add(listed("too", -2500, "rust"))
-    for _ in range(30):
+    for _ in range(10):
         world.clock.advance(300)
         with contextlib.suppress(pipeline.Gone):
             world.once("python", "rust", "closed")
     assert {"approved", "too"} <= set(world.stored())
 
 
-def test_another_process_does_not_use_up_the_others_turns(world):
-    world.list_posts("p", 300, -3000, 10)
-    world.list_posts("r", 300, -3000, 10, subreddit="rust")
-    world.once("python", "rust")
-    world.reddit.add(listed("approved", -2500, "rust"))
-    for n in range(60):
-        world.clock.advance(60)
-        world.once("python")
-        if n % 5 == 0:
-            world.once("python", "rust")
-    assert "approved" in world.stored()
-
-
-def test_one_full_walk_is_made_a_poll(world):
-    names = [f"quiet{n}" for n in range(12)]
-    world.reddit.create(*names)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_turns_of_full_walks_do_not_depend_on_how_many_names_are_left(world, backwards):
+    names = [f"name{n}" for n in range(8)]
     for name in names:
-        world.list_posts(f"{name}x", 120, -9000, 60, subreddit=name)
+        world.list_posts(f"{name}x", 150, -300, 2, subreddit=name)
     world.once(*names)
-    world.clock.advance(86_400)
+    world.clock.advance(300)
     asked = len(world.asked())
-    world.once(*names)
-    alone = [request for request in world.asked(asked) if "+" not in request]
-    assert len(alone) == 2  # one name, to its end
+    world.once(*(names[::-1] if backwards else names))
+    walked = sorted(request.split()[0] for request in world.asked(asked) if "after" in request)
+    # A turn takes 600 s: so long does an eighth of the budget need for ten times ten requests.
+    assert walked == ["name0", "name1", "name2", "name5"]
 
 
-def test_names_that_are_behind_are_walked_alone_a_few_a_poll_the_busiest_first(world):
-    quiet = [f"quiet{n}" for n in range(12)]
-    world.reddit.create(*quiet)
-    for name in quiet:
-        world.list_posts(f"{name}x", 20, -9000, 100, subreddit=name)
-    world.list_posts("old", 20, -100, 1)
-    world.access = pipeline.Access()  # ten requests a minute
-    world.once("python", *quiet)
-    world.clock.advance(2000)
-    world.list_posts("busy", 1200, 1800, 0.2)  # 5 a second
-    world.list_posts("more", 3, 1700, 1, subreddit="quiet7")
-    asked = len(world.asked())
-    stream = world.follow(*quiet, "python")
-    while "python" not in world.asked(asked)[-20:]:
+# Whose turn it is
+
+
+def store_last_poll(world: World, name: str, age: float, posts: int) -> None:
+    """Store what a poll of that age has left: a cursor, and so many posts of the last hour."""
+    world.reddit.add(listed(f"{name}x", age, name))
+    rows = [listed(f"{name}{n}", -1000 - n / 2, name) for n in range(posts)]
+    world.load(rows, [pipeline.Cursor(name, T - 9000, int(T + age), int(T + age))])
+
+
+@pytest.mark.parametrize(
+    ("busy", "order"), [(3000, ["busy", "older", "quiet"]), (0, ["older", "quiet", "busy"])]
+)
+def test_after_a_restart_the_busiest_by_what_is_stored_comes_first(world, busy, order):
+    store_last_poll(world, "quiet", -700, 3)
+    store_last_poll(world, "older", -800, 3)
+    store_last_poll(world, "busy", -100, busy)
+    world.once("quiet", "busy", "older")
+    assert world.asked() == order
+
+
+def test_with_nothing_stored_in_the_last_hour_the_one_polled_longest_ago_comes_first(world):
+    for n in (3, 1, 4, 2):
+        store_last_poll(world, f"name{n}", -100_000 + n, 0)
+    world.once("name4", "name3", "name2", "name1")
+    assert world.asked() == ["name1", "name2", "name3", "name4"]
+
+
+def test_when_the_budget_is_short_a_name_a_hundred_times_as_busy_is_walked_ten_times_as_often(
+    world,
+):
+    world.reddit.budgets["oauth"] = Budget(20, phase=T % 600)
+    world.list_posts("p", 1000, -1000, 1)
+    world.list_posts("r", 200, -20_000, 100, subreddit="rust")
+    world.reddit.grow(1.0, ["python"])
+    world.reddit.grow(0.01, ["rust"], seed=1)
+    stream = world.follow("python", "rust")
+    while world.clock.time() < T + 3600:
         next(stream)
-    walks = [request for request in world.asked(asked) if "after" not in request]
-    assert walks == ["+".join([*quiet, "python"]), "python"]
-    asked = len(world.asked())
-    for _ in range(80):
-        next(stream)
-    walks = [request for request in world.asked(asked) if " after" not in request]
-    assert walks[0] == "+".join([*quiet, "python"])
-    assert walks[1] in quiet
-    assert set(quiet) <= set(walks)
-    joint = [r for r in world.asked(asked) if r.startswith("quiet0+")]
-    assert len([r for r in joint if " after" in r]) <= 2 * len([r for r in joint if " " not in r])
-    assert [gap[0] for gap in world.gaps()] == ["python"]
-    assert len([i for i in world.stored() if i.startswith("more")]) == 3
+    walks = [request for request in world.asked() if "after" not in request]
+    runs = [len(list(run)) for name, run in itertools.groupby(walks) if name == "python"]
+    assert len(runs) == 12
+    assert all(5 <= run <= 11 for run in runs[1:-1])
 
 
 # A new name
-
-
-def test_a_new_name_is_walked_alone_before_it_joins_the_others(world):
-    world.reddit.add(listed("p", -50))
-    world.once("python")
-    world.reddit.add(listed("r", -70, "rust"))
-    asked = len(world.asked())
-    stream = world.follow("python", "rust")
-    batches = [next(stream) for _ in range(3)]
-    assert world.asked(asked) == ["python", "rust", "python+rust"]
-    assert [ids_of(batch.posts) for batch in batches] == [[], ["r"], []]
 
 
 def test_a_new_name_is_walked_as_deep_as_the_listing_goes_when_the_budget_allows(world):
@@ -976,23 +905,17 @@ def test_a_new_name_is_walked_as_deep_as_the_budget_allows_without_waiting(world
     (batch,) = world.once()
     assert len(world.asked()) == 3
     assert world.clock.time() == T
-    assert batch.cursors == {"python": pipeline.Cursor(T - 300 + 9, T - 1, T)}
+    assert batch.cursors == [pipeline.Cursor("python", T - 300 + 9, T - 1, T)]
 
 
-def test_new_names_share_what_the_budget_allows_without_waiting(world):
-    world.reddit.budgets["oauth"] = Budget(12)  # of which half is left for polls
-    world.list_posts("p", 1200, -1200, 1)
-    world.list_posts("r", 1200, -1200, 1, subreddit="rust")
-    stream = world.follow("python", "rust")
-    assert [len(next(stream).posts) for _ in range(2)] == [300, 300]
-    assert world.clock.time() == T
-
-
-def test_new_names_of_a_single_run_share_all_that_the_budget_allows(world):
-    world.reddit.budgets["oauth"] = Budget(12)
-    world.list_posts("p", 1200, -1200, 1)
-    world.list_posts("r", 1200, -1200, 1, subreddit="rust")
-    assert [len(batch.posts) for batch in world.once("python", "rust")] == [600, 600]
+@pytest.mark.parametrize("once", [False, True])
+def test_a_new_name_leaves_the_budget_for_a_first_page_of_each_other_one(world, once):
+    world.reddit.budgets["oauth"] = Budget(8)
+    names = ("python", "rust", "perl")
+    for name in names:
+        world.list_posts(name, 1200, -1200, 1, subreddit=name)
+    stream = world.follow(*names, once=once)
+    assert [len(next(stream).posts) for _ in names] == [600, 100, 100]
     assert world.clock.time() == T
 
 
@@ -1009,12 +932,12 @@ def test_a_name_that_is_not_there_is_found_out_and_the_others_go_on(world, told)
     assert ids_of(next(stream).posts) == ["p"]
     world.reddit.add(listed("q", -40))
     assert ids_of(next(stream).posts) == ["q"]
-    assert told() == ["r/nowhere does not exist; the others go on"]
+    assert told() == ["r/nowhere does not exist; continuing with the others"]
 
 
 def test_a_new_name_without_posts_is_covered_from_now_on(world):
     (batch,) = world.once()
-    assert batch.cursors == {"python": pipeline.Cursor(T, T, T)}
+    assert batch.cursors == [pipeline.Cursor("python", T, T, T)]
 
 
 # The primary key
@@ -1070,10 +993,11 @@ def test_a_slow_poll_names_the_gap_behind_the_poll_that_overtook_it(world):
     assert world.gaps() == [("python", T + 50 - 30, T + 2001 + 9)]
 
 
-def test_a_slow_first_poll_names_the_gap_behind_the_poll_that_overtook_it(world):
+def test_a_slow_first_poll_that_was_overtaken_claims_only_what_it_has_read(world):
     world.list_posts("old", 20, -100, 1)
     overtaken(world)
-    assert world.gaps() == [("python", T - 81 - 30, T + 2001 + 9)]
+    assert world.rows("SELECT since_utc, newest_utc FROM cursors") == [(T + 2010, T + 3000)]
+    assert world.gaps() == []
 
 
 def test_a_slow_poll_repeats_no_gap_of_the_poll_that_overtook_it(world):
@@ -1104,7 +1028,7 @@ def test_a_walk_that_began_anew_names_no_gap_that_its_first_pages_had_passed(wor
 
 
 def test_an_empty_newest_page_is_asked_for_three_times_more(world):
-    world.reddit.add(listed("a", -50))
+    world.list_posts("a", 2, -50, 1)
     world.once()
     world.reddit.script(*[(200, {}, listing([]))] * 3)
     world.reddit.add(listed("b", -40))
@@ -1113,19 +1037,59 @@ def test_an_empty_newest_page_is_asked_for_three_times_more(world):
     assert world.asked(asked) == ["python"] * 4
 
 
-def test_an_empty_newest_page_is_believed_the_fourth_time(world):
-    world.reddit.add(listed("a", -50))
+def test_an_empty_newest_page_is_believed_the_fourth_time_and_then_at_once(world):
+    world.list_posts("a", 2, -50, 1)
     world.once()
-    world.reddit.remove("a")
+    world.reddit.remove("a0")
+    world.reddit.remove("a1")
+    stream = world.follow()
     asked = len(world.asked())
-    (batch,) = world.once()
+    batch = next(stream)
     assert world.asked(asked) == ["python"] * 4
-    assert batch == pipeline.Batch([], {"python": pipeline.Cursor(T - 50, T - 50, T + 3)}, [])
+    assert batch == pipeline.Batch([], [pipeline.Cursor("python", T - 50, T - 49, T + 3)], [])
+    next(stream)
+    next(stream)
+    assert world.asked(asked) == ["python"] * 6
+
+
+def test_an_empty_page_that_was_believed_is_taken_for_nothing_read(world):
+    world.list_posts("a", 2, -50, 1)
+    stream = world.follow()
+    next(stream)
+    world.clock.advance(200)
+    world.list_posts("b", 120, 10, 1)
+    world.reddit.script(*[(200, {}, listing([]))] * 4)
+    assert [len(next(stream).posts) for _ in range(2)] == [0, 120]
+    assert (world.cursor(), world.gaps()) == (T + 129, [])
 
 
 def test_without_a_cursor_an_empty_newest_page_is_believed_at_once(world):
     world.once()
-    assert world.asked() == ["python"]
+    world.once()
+    assert world.asked() == ["python"] * 2
+
+
+@pytest.mark.parametrize("source", ["oauth", "feed"])
+def test_a_listing_of_one_post_costs_a_handful_of_requests_and_is_no_gap(world, source):
+    feed = {"permalink": "/r/python/comments/x/"}
+    world.list_posts("old", 3, -100, 1, **feed)
+    if source == "feed":
+        world.access = pipeline.Access()
+        world.reddit.anonymous_json_blocked = True
+    world.once()
+    for n in range(3):
+        world.reddit.remove(f"old{n}")
+    world.clock.advance(2000)
+    world.reddit.add(listed("one", 1500, **feed))
+    if source == "oauth":  # it names an `after`, behind which an empty page comes
+        world.reddit.serve_listing_bytes(listing([child("one", 1500)], "t3_one"))
+    asked = len(world.asked())
+    stream = world.follow()
+    for _ in range(4):
+        next(stream)
+    requests = [r for r in world.reddit.requests()[asked:] if r.status == 200]
+    assert len(requests) == 4 * 3
+    assert (world.gaps(), world.stored()[-1]) == ([], "one")
 
 
 def test_a_time_in_the_future_never_moves_a_cursor(world):
@@ -1141,7 +1105,7 @@ def test_a_time_in_the_future_never_moves_a_cursor(world):
 def test_a_new_name_whose_posts_are_all_in_the_future_is_covered_from_now_on(world):
     world.reddit.add(listed("tomorrow", 86_400))
     (batch,) = world.once()
-    assert batch.cursors == {"python": pipeline.Cursor(T, T, T)}
+    assert batch.cursors == [pipeline.Cursor("python", T, T, T)]
 
 
 def test_a_cursor_never_moves_back(world):
@@ -1167,31 +1131,159 @@ def test_posts_without_a_time_are_stored_and_move_nothing(world):
 
 
 def test_a_walk_starts_only_when_the_window_carries_what_the_last_one_took(world):
-    world.reddit.budgets["oauth"] = Budget(12)
+    world.reddit.budgets["oauth"] = Budget(12, phase=T % 600)
     world.list_posts("p", 20, -100, 1)
     stream = world.follow(interval=60)
     next(stream)
-    for n in range(1, 4):
+    for n in range(3):
         age = world.clock.time() - T
-        world.list_posts(f"n{n}x", 450, age, 0.01)
+        world.list_posts(f"n{n}x", 370, age - 50, 0.001)
+        world.reddit.add(listed(f"last{n}", age))
         next(stream)
     times = [seen.time - T for seen in world.reddit.requests()]
-    # 12 a window: one page, five, six; then nothing is left until the window ends at 600 s.
-    assert [times.count(at) for at in dict.fromkeys(times)] == [1, 5, 6, 9]
+    # 12 a window: one page, four, four; a window that has three left is waited out.
+    assert [times.count(at) for at in dict.fromkeys(times)] == [1, 4, 4, 4]
     assert 600 <= times[-1] <= 605
     assert [seen.status for seen in world.reddit.requests() if seen.status != 200] == []
+
+
+@pytest.mark.parametrize(("total", "window"), [(6, 10), (20, 30)])
+def test_windows_of_any_length_are_used_and_never_overdrawn(world, total, window):
+    world.reddit.budgets["oauth"] = Budget(total, window)
+    world.reddit.grow(20.0, ["python"], start=T - 20)
+    stream = world.follow()
+    while world.clock.time() < T + 8 * window:
+        next(stream)
+    seen = world.reddit.requests()
+    assert {request.status for request in seen} == {200}
+    pauses = [later.time - earlier.time for earlier, later in itertools.pairwise(seen)]
+    assert max(pauses) <= window + 1
 
 
 # Failures
 
 
-def test_failures_are_told_once_and_so_is_their_end(world, told):
-    world.reddit.add(listed("a", -50))
+def test_a_failure_that_one_of_the_next_two_tries_mends_is_not_told(world, told):
     stream = world.follow()
     next(stream)
-    world.reddit.script(*[error_reply(503, "down")] * 5)
+    for failures in (1, 2):
+        world.reddit.script(*[error_reply(503, "down")] * failures)
+        next(stream)
+    assert told() == []
+
+
+def test_a_name_that_fails_is_told_once_and_so_is_its_end(world, told):
+    stream = world.follow()
     next(stream)
-    assert told() == ["status 503, no listing: down; trying again", "Reddit answers again"]
+    world.reddit.script(*[error_reply(503, "down")] * 30)
+    next(stream)
+    assert told() == [
+        "r/python status 503, no listing: down; will keep trying",
+        "r/python can be read again",
+    ]
+
+
+def test_an_outage_that_several_names_see_is_told_once(world, told):
+    names = quiet_names(world, 5)
+    stream = world.follow(*names)
+    for _ in names:
+        next(stream)
+    world.reddit.script(*[Fault("refuse")] * 60)
+    for _ in names:
+        next(stream)
+    assert told() == [
+        "r/quiet0 invented fault: refuse; will keep trying",
+        "r/quiet0 can be read again",
+    ]
+
+
+def test_an_outage_is_told_though_a_name_was_failing_before(world, told):
+    outage = range(0)
+
+    def faults(method: str, path: str, query: dict[str, str]) -> Any:
+        nonlocal outage
+        if "/broken/" not in path:
+            return Fault("refuse") if int(world.clock.time()) in outage else None
+        if not outage and world.clock.time() > T + 100:  # it begins right behind this request
+            outage = range(int(world.clock.time()), T + 700)
+        return error_reply(500, "broken")
+
+    world.reddit.faults = faults
+    stream = world.follow("python", "broken")
+    while world.clock.time() < T + 1000:
+        next(stream)
+    assert len(outage) > 500
+    assert [text.split()[0] for text in told()] == ["r/broken", "r/python", "r/python"]
+
+
+def break_names(world: World, *names: str) -> None:
+    """Let those names answer 500 for ever."""
+    world.reddit.faults = lambda method, path, query: (
+        error_reply(500, "broken") if path.split("/")[2] in names else None
+    )
+
+
+def test_a_name_that_always_fails_takes_nothing_from_one_that_is_well(world, tmp_path, told):
+    def times_polled(world: World, *names: str) -> list[float]:
+        break_names(world, "broken")
+        world.reddit.grow(7.0, ["python"], start=T - 100)
+        stream = world.follow(*names)
+        while world.clock.time() < T + 300:
+            next(stream)
+        return [seen.time for seen in world.reddit.requests("/r/python/")]
+
+    alone = World(str(tmp_path / "alone.db"))
+    with alone.database:
+        expected = times_polled(alone, "python")
+    assert times_polled(world, "python", "broken") == expected
+    assert told() == ["r/broken status 500, no listing: broken; will keep trying"]
+
+
+def test_once_comes_back_to_a_name_that_fails_after_the_others(world, told):
+    break_names(world, "broken")
+    world.list_posts("p", 250, -250, 1)
+    world.list_posts("r", 3, -100, 1, subreddit="rust")
+    with pytest.raises(pipeline.Failed) as caught:
+        world.once("broken", "python", "rust")
+    assert (caught.value.exit_status, str(caught.value)) == (
+        75,
+        "r/broken: status 500, no listing: broken",
+    )
+    assert len(world.stored()) == 253
+    walks = [request for request in world.asked() if "after" not in request]
+    assert walks[:6] == ["broken"] * 3 + ["python", "rust", "broken"]
+    assert world.clock.time() - T == pytest.approx(122.25)  # 120 s after the last good answer
+    assert told() == []
+
+
+def test_once_gives_up_on_a_name_whose_second_page_always_fails(world):
+    world.list_posts("p", 250, -250, 1)
+    world.list_posts("r", 3, -100, 1, subreddit="rust")
+    world.reddit.faults = lambda method, path, query: (
+        error_reply(500, "broken") if "after" in query and world.clock.time() < T + 3600 else None
+    )
+    with pytest.raises(pipeline.Failed, match=r"^r/python: .* 500"):
+        world.once("python", "rust")
+    assert world.clock.time() < T + 600
+    assert world.stored() == ["r0", "r1", "r2"]
+
+
+def test_once_ends_well_when_a_name_that_failed_answers_in_the_end(world):
+    world.reddit.script(*[error_reply(500, "broken")] * 5, on="/r/python/")
+    world.list_posts("p", 3, -100, 1)
+    world.list_posts("r", 3, -100, 1, subreddit="rust")
+    assert [ids_of(batch.posts) for batch in world.once("python", "rust")] == [
+        ["r0", "r1", "r2"],
+        ["p0", "p1", "p2"],
+    ]
+
+
+def test_once_with_a_name_that_is_gone_and_one_that_fails_names_both(world):
+    break_names(world, "broken")
+    world.list_posts("p", 3, -100, 1)
+    with pytest.raises(pipeline.Failed, match=r"^r/broken: .* 500.*; r/nowhere does not exist$"):
+        world.once("nowhere", "broken", "python")
+    assert len(world.stored()) == 3
 
 
 def test_following_never_gives_up(world):
@@ -1207,11 +1299,12 @@ def test_waits_after_failures_grow_to_five_seconds_on_a_busy_listing(world):
     stream = world.follow()
     next(stream)
     start = len(world.asked())
-    world.reddit.script(*[Fault("refuse")] * 6)
+    world.reddit.script(*[Fault("refuse")] * 9)
     next(stream)
     times = [seen.time for seen in world.reddit.requests()[start:]]
     waits = [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)]
-    assert waits[:6] == [0.75, 1.5, 3.0, 6.0, 7.5, 7.5]
+    # Three tries for the page, then the name is put off.
+    assert waits[:9] == [0.75, 1.5, 0.75, 1.5, 3.0, 6.0, 7.5, 7.5, 7.5]
 
 
 def test_once_gives_up_after_two_minutes_with_its_last_try_at_their_end(world):
@@ -1244,6 +1337,6 @@ def test_waiting_for_the_budget_is_no_failure_up_to_eight_minutes(world):
 
 def test_once_does_not_wait_longer_than_eight_minutes_for_the_budget(world):
     world.reddit.budgets["oauth"] = Budget(0, window=4800, phase=T % 4800)
-    with pytest.raises(pipeline.Failed, match="budget"):
+    with pytest.raises(pipeline.Failed, match=r"allows no request for 4801 s .* nothing but 429"):
         world.once()
     assert world.clock.time() == T
