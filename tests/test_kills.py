@@ -136,7 +136,7 @@ def test_three_hundred_names_lose_nothing_in_five_minutes_with_two_kills(
 
 def test_a_killed_import_goes_on(redpipe, tmp_path, seed):
     path, file = tmp_path / "posts.db", tmp_path / "posts.ndjson"
-    lines = [f'{{"id": "{n}a", "title": "{"x" * 2000}"}}\n' for n in range(20_000)]
+    lines = [f'{{"name": "t3_{n}a", "title": "{"x" * 2000}"}}\n' for n in range(20_000)]
     file.write_text("".join(lines), "utf-8")
     process = redpipe.start(f"--from={file}", path)
     with contextlib.suppress(subprocess.TimeoutExpired):
