@@ -1,15 +1,16 @@
 """Measure how fast, and in how much memory, redpipe.pyz imports a file of posts.
 
-    .venv/bin/python tests/bench/load.py [POSTS [ROUNDS]]      default: 20000 5
+    .venv/bin/python tests/bench/load.py [POSTS [ROUNDS]]      default: 100000 3
 
 Every round runs each command once on the same file, so that a busy moment of the machine
 strikes them all; the table gives medians, also of the rounds' ratios. Memory is then
 measured at 10,000 and at 1,000,000 posts, which are piped in as they are made up.
 
 The posts are the recorded ones of REDPIPE_SAMPLES with ids and times of their own, over and
-over; without REDPIPE_SAMPLES, invented ones of about the same sizes. sqlite-utils is
-installed for the occasion; jq and sqlite3 take part where they are. Exits with 1 when a bar
-is missed.
+over; without REDPIPE_SAMPLES, invented ones of about the same sizes. "One subreddit" is the
+largest that has at most one post in twenty. sqlite-utils and DuckDB are installed for the
+occasion; jq and sqlite3 take part where they are. DuckDB may use all processors, and makes a
+table of its own without a key. Exits with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
+from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -36,17 +39,36 @@ from artefact import bare_environment, build, make_bare
 from fake_reddit import DIGITS, make_post
 
 SQLITE_UTILS = "sqlite-utils==4.2.1"
+DUCKDB = "duckdb==2.0.1"
 FEW, MANY = 10_000, 1_000_000
 MOST_TIMES_BARE = 1.3
-LEAST_TIMES_SQLITE_UTILS = 10.0
+LEAST_TIMES_SQLITE_UTILS = 8.0
+MOST_TIMES_WHOLE = 0.35  # of the processor's time, for one subreddit
+LARGEST_SHARE = 0.05
 MOST_GROWTH = 5_000_000  # bytes
 FIRST_UTC = 1_790_000_000
 
 REDPIPE = "`redpipe.pyz --from`"
 AGAIN = "the same file again"
+FILTERED = "`redpipe.pyz --from`, one subreddit"
 BARE = "bare loop"
 UTILS = "`sqlite-utils insert --nl --ignore --pk id --alter`"
+UTILS_OPTIONS = ["--nl", "--ignore", "--pk", "id", "--alter", "--silent"]
 JQ = "`jq -r … @csv \\| sqlite3 .import`"
+
+DUCK = "DuckDB `read_ndjson`"
+DUCK_FILTERED = "DuckDB `read_ndjson`, one subreddit"
+
+DUCKDB_SCRIPT = """
+import duckdb, sys
+file, database, *name = sys.argv[1:]
+columns = "id created_utc subreddit title author_fullname author permalink".split()
+types = {column: "DOUBLE" if column == "created_utc" else "VARCHAR" for column in columns}
+duckdb.connect(database).execute(
+    f"CREATE TABLE posts AS SELECT {', '.join(columns)} FROM read_ndjson(?, columns={types})"
+    + " WHERE lower(subreddit) = ?" * len(name), [file, *name]
+)
+"""
 
 JQ_PIPE = """
 jq -r '[.id, .created_utc, .subreddit, .title, .author_fullname, .author, .permalink] | @csv' "$1" |
@@ -121,7 +143,8 @@ def invented_posts(count: int = 5000) -> Iterator[dict[str, Any]]:
         bytes_left = int(dice.lognormvariate(math.log(3100), 0.7)) - 1600
         pictures = max(0, bytes_left) // 2 // 150 if n % 2 else 0
         words = "Nobody wrote this. " * (max(0, bytes_left - 150 * pictures) // 19)
-        yield make_post(n, selftext=words, preview=preview(dice, pictures))
+        name = f"subreddit_{n % 30}"
+        yield make_post(n, subreddit=name, selftext=words, preview=preview(dice, pictures))
 
 
 def templates() -> list[list[bytes]]:
@@ -136,6 +159,17 @@ def made_up(forms: list[list[bytes]], count: int) -> Iterator[bytes]:
         identifier = base36(36**6 + n)
         time = b"%d.0" % (FIRST_UTC + n // 17)
         yield head.replace(mark, identifier) + time + tail.replace(mark, identifier)
+
+
+def one_subreddit(forms: list[list[bytes]], count: int) -> tuple[str, int]:
+    """Return the largest subreddit of at most LARGEST_SHARE, and how many posts it has."""
+    made = (json.loads(head + b"0" + tail) for head, tail in islice(cycle(forms), count))
+    sizes = Counter(str(post.get("subreddit")).lower() for post in made)
+    del sizes["none"]
+    return max(
+        (pair for pair in sizes.items() if pair[1] <= LARGEST_SHARE * count),
+        key=itemgetter(1),
+    )
 
 
 def sizes_of(forms: list[list[bytes]]) -> str:
@@ -183,38 +217,45 @@ def measure(commands: dict[str, list[str]], database: Path, rounds: int) -> dict
     return runs
 
 
-def commands_of(work: Path, python: Path, file: Path, database: Path) -> dict[str, list[str]]:
+def commands_of(
+    work: Path, python: Path, file: Path, database: Path, subreddit: str
+) -> dict[str, list[str]]:
     """Name the commands that are measured, in their order."""
     paths = [str(file), str(database)]
     redpipe = [str(python), str(work / "redpipe.pyz"), f"--from={file}", str(database)]
     bare_loop = str(Path(__file__).with_name("bare_loop.py"))
-    utils = [str(install_sqlite_utils(work)), "insert", str(database), "posts", str(file)]
+    utils = [str(install(work, SQLITE_UTILS) / "sqlite-utils"), "insert"]
+    duck = [str(install(work, DUCKDB) / "python3"), "-I", "-c", DUCKDB_SCRIPT, *paths]
     commands = {
         BARE: [str(python), "-I", bare_loop, *paths],
         REDPIPE: redpipe,
         AGAIN: redpipe,
-        UTILS: [*utils, "--nl", "--ignore", "--pk", "id", "--alter", "--silent"],
+        FILTERED: [*redpipe, subreddit],
+        DUCK: duck,
+        DUCK_FILTERED: [*duck, subreddit],
+        UTILS: [*utils, str(database), "posts", str(file), *UTILS_OPTIONS],
     }
     if shutil.which("jq") and shutil.which("sqlite3"):
         commands[JQ] = ["/bin/sh", "-c", JQ_PIPE, "sh", *paths]
     return commands
 
 
-def install_sqlite_utils(work: Path) -> Path:
-    """Install the pinned sqlite-utils into an environment of its own."""
-    subprocess.run([sys.executable, "-m", "venv", work / "utils"], check=True, timeout=300)
-    pip = [work / "utils/bin/python3", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--disable-pip-version-check", SQLITE_UTILS], check=True, timeout=300)
-    return work / "utils/bin/sqlite-utils"
+def install(work: Path, requirement: str) -> Path:
+    """Install a pinned package into an environment of its own; return where its programs are."""
+    venv = work / requirement.partition("=")[0]
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=300)
+    pip = [venv / "bin/python3", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--disable-pip-version-check", requirement], check=True, timeout=300)
+    return venv / "bin"
 
 
 # --- the tables
 
 
-def times(runs: dict[str, list[Run]], one: str, other: str) -> float:
-    """Give how many times as long `one` took as `other`: the median of the rounds."""
+def times(runs: dict[str, list[Run]], one: str, other: str, what: str = "seconds") -> float:
+    """Return how many times as long `one` took as `other`: the median of the rounds."""
     pairs = zip(runs[one], runs[other], strict=True)
-    return median(first.seconds / second.seconds for first, second in pairs)
+    return median(getattr(first, what) / getattr(second, what) for first, second in pairs)
 
 
 def verdict(met: bool) -> str:
@@ -225,8 +266,13 @@ def speed_rows(runs: dict[str, list[Run]], posts: int) -> list[str]:
     """Write the table of commands."""
     slower = times(runs, REDPIPE, BARE)
     faster = times(runs, UTILS, REDPIPE)
+    part = times(runs, FILTERED, REDPIPE, "cpu")
+    of_duck = times(runs, FILTERED, DUCK_FILTERED, "cpu")
     bars = {
         REDPIPE: f"at most {MOST_TIMES_BARE} x: {verdict(slower <= MOST_TIMES_BARE)}",
+        FILTERED: f"at most {MOST_TIMES_WHOLE} x the CPU of the whole: {part:.2f} x, "
+        + verdict(part <= MOST_TIMES_WHOLE)
+        + f"; less CPU than DuckDB: {of_duck:.2f} x, {verdict(of_duck < 1)}",
         UTILS: f"redpipe at least {LEAST_TIMES_SQLITE_UTILS:g} x as fast: {faster:.1f} x, "
         + verdict(faster >= LEAST_TIMES_SQLITE_UTILS),
     }
@@ -259,8 +305,9 @@ def memory_rows(few: Run, many: Run) -> list[str]:
 
 def main() -> int:
     """Measure everything, print the tables, and tell whether all bars are met."""
-    posts, rounds = (*map(int, sys.argv[1:]), *(20_000, 5)[len(sys.argv) - 1 :])
+    posts, rounds = (*map(int, sys.argv[1:]), *(100_000, 3)[len(sys.argv) - 1 :])
     forms = templates()
+    subreddit, selected = one_subreddit(forms, posts)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         done = build(work / "redpipe.pyz")
@@ -270,16 +317,21 @@ def main() -> int:
         file, database = work / "posts.ndjson", work / "posts.db"
         with file.open("wb") as dump:
             dump.writelines(made_up(forms, posts))
-        commands = commands_of(work, python, file, database)
+        megabytes = file.stat().st_size / 1e6
+        commands = commands_of(work, python, file, database, subreddit)
         runs = measure(commands, database, rounds)
         piped = [str(python), str(work / "redpipe.pyz"), "--from=-", str(database)]
         remove(database)
         few = run_timed(piped, made_up(forms, FEW))
         remove(database)
         many = run_timed(piped, made_up(forms, MANY))
-    title = f"CPython {platform.python_version()}, {posts:,} posts ({sizes_of(forms)})"
+    title = (
+        f"CPython {platform.python_version()}, {posts:,} posts ({sizes_of(forms)}; "
+        f"{megabytes:,.0f} MB), one subreddit with {100 * selected / posts:.1f} % of them, "
+        f"{os.cpu_count()} processors, medians of {rounds} rounds"
+    )
     table = [
-        f"{title}, medians of {rounds} rounds",
+        title,
         "",
         *speed_rows(runs, posts),
         "",
