@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import select
 import sqlite3
 import stat
 import time
@@ -1390,12 +1391,19 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class CountingFile(io.FileIO):
-    """A file that knows how many bytes were taken from it, also when it is a pipe."""
+    """A file that tells, at any time, how many bytes were `taken` from it.
 
-    taken = 0
+    `size` is that of a regular file, as it was opened, and otherwise 0.
+    """
+
+    def __init__(self, file: str | int, *, closefd: bool) -> None:
+        super().__init__(file, closefd=closefd)
+        self.size = os.fstat(self.fileno()).st_size
+        self.taken = 0
 
     def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer)
+        while (count := super().readinto(buffer)) is None:
+            select.select([self], [], [])  # somebody made standard input non-blocking
         self.taken += count
         return count
 

@@ -14,8 +14,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -688,6 +690,76 @@ def test_a_file_needs_no_sensible_environment(redpipe, file, database):
     assert done == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("size", "taken", "seconds", "said"),
+    [
+        (0, 0, 0.0, "0 MB read, 0 MB/s"),
+        (0, 123_456_789, 10.0, "123 MB read, 12 MB/s"),
+        (0, 140_000_000_000, 600.0, "140,000 MB read, 233 MB/s"),
+        (1_000_000_000, 0, 0.0, "0 MB read, 0 MB/s"),
+        (1_000_000_000, 250_000_000, 1.0, "25 % of 1,000 MB read, 250 MB/s, 0:03 left"),
+        (140_000_000_000, 14_000_000_000, 20.0, "10 % of 140,000 MB read, 700 MB/s, 3:00 left"),
+        (140_000_000_000, 139_999_999_999, 200.0, "99 % of 140,000 MB read, 700 MB/s, 0:00 left"),
+        (1_000_000, 1_000_000, 0.0, "100 % of 1 MB read, 10 MB/s, 0:00 left"),
+        (1_000_000, 2_000_000, 1.0, "2 MB read, 2 MB/s"),
+    ],
+)
+def test_progress_tells_speed_and_of_a_file_share_and_time_left(
+    program, size, taken, seconds, said
+):
+    file = SimpleNamespace(raw=SimpleNamespace(size=size, taken=taken))
+    assert program.share_done(file, seconds) == said
+
+
+def test_the_size_of_a_file_and_what_was_taken_of_it_are_known_even_when_it_is_closed(file):
+    file.write_bytes(numbered(range(1000)))
+    with open_file(str(file)) as opened:
+        assert (opened.raw.size, opened.raw.taken) == (file.stat().st_size, 0)
+        posts = [post for batch in read_file(opened) for post in batch.posts]
+    assert (len(posts), opened.raw.taken) == (1000, file.stat().st_size)
+
+
+def test_what_was_taken_of_a_pipe_is_known(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    content = numbered(range(100))
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    with open_file(str(tmp_path / "pipe")) as opened:
+        assert sum(len(list(batch.posts)) for batch in read_file(opened)) == 100
+        assert (opened.raw.size, opened.raw.taken) == (0, len(content))
+    writer.join()
+
+
+def test_standard_input_may_be_non_blocking(redpipe, database):
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    command = [*redpipe.command, "--from=-", str(database)]
+    process = subprocess.Popen(command, stdin=reading, stderr=subprocess.PIPE)
+    os.close(reading)
+    os.write(writing, numbered([1])[:100])
+    wait_for(database.exists)
+    os.write(writing, numbered([1])[100:] + numbered(range(2, 9)))
+    os.close(writing)
+    assert process.communicate(timeout=20) == (None, b"")
+    assert process.returncode == 0
+    assert count(database) == 8
+
+
+@pytest.mark.parametrize("arguments", [["posts.db"], ["posts.db", "rust"], ["posts.ndjson"]])
+def test_nothing_is_left_open(redpipe, file, arguments):
+    write_lines(file, make_post(1), b"nonsense")
+    python, pyz = redpipe.command
+    done = subprocess.run(
+        [python, "-X", "dev", "-W", "error", pyz, f"--from={file}", *arguments],
+        cwd=file.parent,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == (73 if arguments == ["posts.ndjson"] else 65)
+    assert all(line.startswith("redpipe: ") for line in done.stderr.splitlines())
+
+
 def test_a_terminal_shows_rate_and_share_done(redpipe, file, database):
     file.write_bytes(numbered(range(2000)))
     ours, theirs = pty.openpty()
@@ -703,7 +775,8 @@ def test_a_terminal_shows_rate_and_share_done(redpipe, file, database):
         os.close(ours)
     assert process.wait(10) == 0
     lines = re.findall(
-        r"redpipe: ([\d,]+) posts stored, [\d,]+\.\d/s, (\d+) % read", shown.decode()
+        r"redpipe: ([\d,]+) posts stored, [\d,]+\.\d/s, (\d+) % of 3 MB read, \d+ MB/s, 0:0\d left",
+        shown.decode(),
     )
     assert [stored for stored, _ in lines][:2] == ["500", "1,000"]
     assert lines[-1] == ("2,000", "100")
