@@ -1507,11 +1507,8 @@ def is_elsewhere(line: bytes, wanted: frozenset[bytes]) -> bool:
     if len(line) > BODY_LIMIT:
         return False
     named = _SUBREDDITS.findall(line)
-    return (
-        bool(named)
-        and not any(name.lower() in wanted for name in named)
-        and not _ESCAPED_NAME.search(line)
-    )
+    others = bool(named) and wanted.isdisjoint(map(bytes.lower, named))
+    return others and not _ESCAPED_NAME.search(line)
 
 
 def is_selected(post: Post, wanted: frozenset[bytes]) -> bool:
