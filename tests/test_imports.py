@@ -1,0 +1,133 @@
+"""Imports beside others, and imports that are killed: every post is there, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import time
+from contextlib import closing, suppress
+
+import pytest
+
+from artefact import wait_for
+from fake_reddit import Budget, make_post
+
+
+@pytest.fixture
+def seed():
+    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
+    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
+    print(f"REDPIPE_SEED={drawn}")
+    return drawn
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "posts.db"
+
+
+def write_posts(path, numbers):
+    """Write small posts, whose ids are their numbers."""
+    with path.open("w") as file:
+        for n in numbers:
+            file.write(f'{{"name": "t3_{n}", "title": "Post {n}", "created_utc": {n}}}\n')
+    return path
+
+
+def query(database, sql):
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def count(database):
+    """Count the posts, of a database that may not be there yet."""
+    try:
+        return query(database, "SELECT count(*) FROM posts")[0][0]
+    except sqlite3.Error:
+        return 0
+
+
+def assert_stored_once(database, number):
+    """Check that the posts are those of 0 to `number`, each once and whole."""
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    assert query(
+        database,
+        "SELECT count(*), count(DISTINCT id), min(created_utc), max(created_utc),"
+        " sum(created_utc = id AND title = 'Post ' || id) FROM posts",
+    ) == [(number, number, 0, number - 1, number)]
+
+
+def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_path, database):
+    fake_reddit.budgets["json"] = Budget(total=10_000)
+    now = int(time.time())
+    for n in range(100):
+        fake_reddit.add(make_post(n, now - 200 + n))
+    follower = redpipe.start("--interval=1", database, "python")
+    wait_for(lambda: count(database) >= 100)
+    # The file has what is listed, what will be listed, and what no longer is.
+    file = tmp_path / "posts.ndjson"
+    posts = [make_post(n, now - 200 + n, selftext="x" * 2000) for n in range(-9_000, 400)]
+    file.write_text("".join(json.dumps(post) + "\n" for post in posts))
+    imported = redpipe.start(f"--from={file}", database)
+    for n in range(100, 300):
+        fake_reddit.add(make_post(n, now - 200 + n))
+        time.sleep(0.005)
+    assert imported.communicate(timeout=30) == ("", "")
+    assert imported.returncode == 0
+    fake_reddit.add(make_post(400, now))
+    wait_for(lambda: count(database) == 9_401)
+    assert redpipe.stop(follower).err == ""
+    assert query(database, "SELECT id FROM posts ORDER BY id") == sorted(
+        (make_post(n)["id"],) for n in range(-9_000, 401)
+    )
+    cursor = query(database, f"SELECT subreddit, newest_utc >= {now - 100} FROM cursors")
+    assert cursor == [("python", 1)]
+    assert query(database, "SELECT * FROM gaps") == []
+
+
+def test_two_imports_at_once_that_overlap(redpipe, tmp_path, database):
+    first = write_posts(tmp_path / "first.ndjson", range(12_000))
+    second = write_posts(tmp_path / "second.ndjson", [*range(17_999, 5_999, -1), *range(6_000)])
+    imports = [redpipe.start(f"--from={file}", database) for file in (first, second, first)]
+    for process in imports:
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0
+    assert_stored_once(database, 18_000)
+
+
+def kill_five_times(redpipe, file, database, dice, longest):
+    """Import a file five times and kill each import at a random moment; count the killed."""
+    killed = 0
+    for _ in range(5):
+        process = redpipe.start(f"--from={file}", database)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(dice.uniform(0, longest))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+        print(f"{count(database)} posts after a kill")
+    return killed
+
+
+def test_an_import_killed_five_times_is_finished_by_a_last_one(redpipe, tmp_path, database, seed):
+    file = write_posts(tmp_path / "posts.ndjson", range(30_000))
+    assert kill_five_times(redpipe, file, database, random.Random(seed), 0.6) > 0
+    assert redpipe(f"--from={file}", database) == (0, "", "")
+    assert_stored_once(database, 30_000)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_million_posts_killed_five_times_are_finished_by_a_last_import(
+    redpipe, tmp_path, database, seed
+):
+    file = write_posts(tmp_path / "posts.ndjson", range(1_000_000))
+    began = time.monotonic()
+    assert redpipe(f"--from={file}", tmp_path / "whole.db", timeout=600) == (0, "", "")
+    longest = time.monotonic() - began
+    assert kill_five_times(redpipe, file, database, random.Random(seed), longest) >= 3
+    assert redpipe(f"--from={file}", database, timeout=600) == (0, "", "")
+    assert_stored_once(database, 1_000_000)
