@@ -1436,7 +1436,7 @@ def read_file(file: BinaryIO, names: Sequence[str] = ()) -> Iterator[Batch]:
         yield Batch(itertools.chain([first], itertools.islice(posts, FILE_BATCH - 1)))
     if wanted and not selected:
         log.warning(
-            "nothing selected: none of the %s posts read is of a subreddit named",
+            "nothing selected: of %s posts read, none is in a subreddit named; check the names",
             f"{tally.others:,}",
         )
     if tally.bad:
@@ -1444,9 +1444,10 @@ def read_file(file: BinaryIO, names: Sequence[str] = ()) -> Iterator[Batch]:
 
 
 class Tally:
-    """Counts what a file held besides the posts that are stored.
+    """Counts what a file holds besides the posts that are wanted.
 
-    `bad`: lines that are no posts or hold what is none. `others`: posts of other subreddits.
+    `bad`: lines that are not posts, in whole or in part. `others`: posts of other
+    subreddits; a line that is passed over counts as one.
     """
 
     def __init__(self) -> None:
@@ -1494,15 +1495,16 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 _SUBREDDITS = re.compile(rb'"subreddit"\s*:\s*"([^"\\]*)"')
-# Escapes of what keys and names are made of; what writes &amp;, < and > as such is no matter.
+# Escapes of letters, digits, "_", "-" and ".", which could hide a key or a name. Not those of
+# "&", "<" and ">": some programs escape each of them, in nearly every line.
 _ESCAPED_NAME = re.compile(rb"\\u00(?:2[dDeE]|3\d|4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])")
 
 
 def is_elsewhere(line: bytes, wanted: frozenset[bytes]) -> bool:
     """Return whether the bytes prove that each post of a line is of another subreddit.
 
-    So it is when subreddits are named, at any depth, none of which is wanted, and when no
-    escape can hide one: then a line need not be parsed, which takes ten times as long.
+    They do when they name subreddits, at any depth, none of them wanted, and no escape can
+    hide another. Such a line need not be parsed, which takes ten times as long.
     """
     if len(line) > BODY_LIMIT:
         return False
@@ -1512,9 +1514,10 @@ def is_elsewhere(line: bytes, wanted: frozenset[bytes]) -> bool:
 
 
 def is_selected(post: Post, wanted: frozenset[bytes]) -> bool:
-    """Return whether a post's subreddit is wanted; of bytes, only ASCII has cases.
+    """Return whether a post's subreddit is wanted.
 
-    So this and `is_elsewhere` agree: a Kelvin sign is a lower-case k to `str.lower`.
+    As bytes, so that this and `is_elsewhere` agree: they lower ASCII letters only, where
+    `str.lower` makes a k of a Kelvin sign.
     """
     name = post.get("subreddit")
     return isinstance(name, str) and name.encode("utf-8", "surrogatepass").lower() in wanted
@@ -1544,10 +1547,10 @@ def hint(line: bytes) -> str:
 
 
 def posts_of(value: Any) -> list[Any]:
-    """Return what is a post in a line's value, and None for each thing that is none.
+    """Return the posts in a line's value, and None for each thing in it that is not one.
 
-    A value is a post, a thing or a listing; an array of them, as a permalink's .json
-    is; or {"data": [...]}, as the archives' interfaces answer.
+    A value is a post, a thing or a listing; an array of those, as a permalink's .json is;
+    or {"data": [...]}, as the archives' interfaces answer.
     """
     if isinstance(value, dict) and isinstance(value.get("data"), list) and not is_post(value):
         value = value["data"]
@@ -1564,8 +1567,8 @@ def thing_posts(value: Any) -> list[Any]:
 def is_post(value: Any) -> bool:
     """Return whether a bare object says that it is a post.
 
-    A comment or a message has one of the first three keys; so may a post, with null, in
-    exports that give posts and comments the same columns.
+    A body, a parent or a link is what comments and messages have. An export that gives
+    all kinds the same columns has them in posts too, as null.
     """
     if not isinstance(value, dict):
         return False

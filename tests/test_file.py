@@ -275,14 +275,14 @@ def test_names_that_select_nothing_are_said_once(redpipe, file, database, name):
     assert redpipe("--from", file, database, name, "another") == (
         0,
         "",
-        "redpipe: nothing selected: none of the 5 posts read is of a subreddit named\n",
+        "redpipe: nothing selected: of 5 posts read, none is in a subreddit named; check the names\n",
     )
     assert ids(database) == []
 
 
 def test_nothing_selected_is_said_of_an_empty_file_and_beside_bad_lines(redpipe, file, database):
     assert redpipe("--from=-", database, "python").err == (
-        "redpipe: nothing selected: none of the 0 posts read is of a subreddit named\n"
+        "redpipe: nothing selected: of 0 posts read, none is in a subreddit named; check the names\n"
     )
     write_lines(file, b"nonsense", {"name": "t3_a1", "subreddit": "Rust"})
     done = redpipe("--from", file, database, "python")
