@@ -263,6 +263,11 @@ def test_names_select_without_regard_to_case(redpipe, file, database, names, sel
     assert ids(database) == selected
 
 
+NOTHING_SELECTED = (
+    "redpipe: nothing selected: of {} posts read, none is in a subreddit named; check the names\n"
+)
+
+
 @pytest.mark.parametrize("name", ["none", "nobody"])
 def test_names_that_select_nothing_are_said_once(redpipe, file, database, name):
     write_lines(
@@ -275,15 +280,13 @@ def test_names_that_select_nothing_are_said_once(redpipe, file, database, name):
     assert redpipe("--from", file, database, name, "another") == (
         0,
         "",
-        "redpipe: nothing selected: of 5 posts read, none is in a subreddit named; check the names\n",
+        NOTHING_SELECTED.format(5),
     )
     assert ids(database) == []
 
 
 def test_nothing_selected_is_said_of_an_empty_file_and_beside_bad_lines(redpipe, file, database):
-    assert redpipe("--from=-", database, "python").err == (
-        "redpipe: nothing selected: of 0 posts read, none is in a subreddit named; check the names\n"
-    )
+    assert redpipe("--from=-", database, "python").err == (NOTHING_SELECTED.format(0))
     write_lines(file, b"nonsense", {"name": "t3_a1", "subreddit": "Rust"})
     done = redpipe("--from", file, database, "python")
     assert done.status == 65
