@@ -1494,7 +1494,7 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
         raise FileUnreadable(f"FILE cannot be read: {exc.strerror}") from exc
 
 
-_SUBREDDITS = re.compile(rb'"subreddit"\s*:\s*"([^"\\]*)"')
+_SUBREDDIT = re.compile(rb'"subreddit"\s*:\s*"([^"\\]*)"')
 # Escapes of letters, digits, "_", "-" and ".", which could hide a key or a name. Not those of
 # "&", "<" and ">": some programs escape each of them, in nearly every line.
 _ESCAPED_NAME = re.compile(rb"\\u00(?:2[dDeE]|3\d|4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])")
@@ -1508,9 +1508,13 @@ def is_elsewhere(line: bytes, wanted: frozenset[bytes]) -> bool:
     """
     if len(line) > BODY_LIMIT:
         return False
-    named = _SUBREDDITS.findall(line)
-    others = bool(named) and wanted.isdisjoint(map(bytes.lower, named))
-    return others and not _ESCAPED_NAME.search(line)
+    end = 0
+    while (start := line.find(b'"subreddit"', end)) >= 0:
+        named = _SUBREDDIT.match(line, start)
+        if not named or named[1].lower() in wanted:
+            return False
+        end = named.end()
+    return end > 0 and not _ESCAPED_NAME.search(line)
 
 
 def is_selected(post: Post, wanted: frozenset[bytes]) -> bool:
