@@ -218,7 +218,7 @@ def read_access(environ: "Mapping[str, str]") -> "Access":
     import re
     from urllib.parse import urlsplit
 
-    from pipeline import Access, BadEnvironment, is_loopback
+    from pipeline import WWW_URL, Access, BadEnvironment, is_loopback
 
     def variable(name: str) -> str:
         return environ.get(name, "").strip()
@@ -239,41 +239,75 @@ def read_access(environ: "Mapping[str, str]") -> "Access":
     if access.feed_token and not user:
         raise BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
     secret = access.client_id or access.feed_token
-    if (
-        secret
-        and access.url
-        and urlsplit(access.url).scheme != "https"
-        and not is_loopback(access.url)
-    ):
+    if secret and urlsplit(access.url).scheme == "http" and not is_loopback(access.url):
         raise BadEnvironment("REDPIPE_URL: credentials go to another machine by https only")
+    check_proxies(environ, access.url or WWW_URL)
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if environ.get(name) and not os.path.exists(environ[name]):
-            raise BadEnvironment(f"{name}: {environ[name]} is not there")
+        if environ.get(name) and not holds_certificate(environ[name]):
+            raise BadEnvironment(f"{name}: not a file or folder that holds a certificate")
     return access
 
 
 def read_url(url: str) -> str:
     """Check REDPIPE_URL; it is not repeated in messages, it may hold a password."""
+    from pipeline import BadEnvironment
+
+    if url and ("@" in url or not is_address(url)):
+        raise BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
+    return url.rstrip("/")
+
+
+def is_address(url: str) -> bool:
+    """Return whether it is of the form http(s)://[user:password@]host[:port][/path]."""
     from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return bool(good) and url.isprintable() and not set(" ?#") & set(url)
+
+
+def check_proxies(environ: "Mapping[str, str]", url: str) -> None:
+    """Raise BadEnvironment for a proxy that can never work, unless NO_PROXY has it unused."""
+    from urllib.parse import urlsplit
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
     from pipeline import BadEnvironment
 
-    problem = BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
-    try:
-        parts = urlsplit(url)
-        usable = not url or (
-            parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and not (parts.query or parts.fragment or "@" in parts.netloc)
-            and url.isprintable()
-            and " " not in url
-        )
-    except ValueError:
-        raise problem from None
-    if not usable:
-        raise problem
-    return url.rstrip("/")
+    target = urlsplit(url)
+    # Of names in lower and upper case the lower counts.
+    names = {name.lower(): name for name in sorted(environ) if environ[name]}
+    if proxy_bypass_environment(
+        target.hostname, {"no": environ.get(names.get("no_proxy", ""), "")}
+    ):
+        return
+    kinds = ["https_proxy", "http_proxy"]
+    if target.scheme + "_proxy" not in names:
+        kinds.append("all_proxy")
+    for name in [names[kind] for kind in kinds if kind in names]:
+        proxy = environ[name]
+        if not is_address(proxy if "://" in proxy else "http://" + proxy):
+            raise BadEnvironment(
+                f"{name}: not of the form http(s)://host:port; SOCKS is not spoken"
+            )
+
+
+def holds_certificate(path: str) -> bool:
+    """Return whether a file, or a file of a folder that is named by its hash, does."""
+    import re
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    names = os.listdir(path) if os.path.isdir(path) else []
+    files = [os.path.join(path, n) for n in names if re.fullmatch(r"[0-9a-f]{8}\.[0-9]+", n)]
+    for file in files or [path]:
+        try:
+            context.load_verify_locations(file)
+        except OSError:
+            continue
+    return context.cert_store_stats()["x509"] > 0
 
 
 def open_network() -> "Fetch":

@@ -17,6 +17,7 @@ are arguments. Nothing here prints, reads the environment or knows of signals.
 from __future__ import annotations
 
 import base64
+import codecs
 import io
 import itertools
 import json
@@ -38,7 +39,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import quote_plus, urlsplit
+from urllib.parse import urlsplit
 
 Post = dict[str, Any]
 """One post with Reddit's own keys; `id` is always there and usable."""
@@ -57,6 +58,7 @@ RUNAWAY = 4 * HORIZON // PAGE  # pages after which even an endless listing ends 
 CONNECT_TIMEOUT = 5.0  # seconds
 READ_TIMEOUT = 10.0
 BODY_TIMEOUT = 30.0
+IDLE_TIMEOUT = 50.0  # NATs drop what was silent for a minute, without a word
 BODY_LIMIT = 16 * 2**20  # bytes; of an answer and of a line
 
 PATIENCE = 120.0  # seconds --once goes on without one good answer
@@ -122,6 +124,9 @@ class Refused(RedpipeError):
 
     exit_status = 77
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}; see README, Credentials"
+
 
 class BadEnvironment(RedpipeError):
     exit_status = 78
@@ -139,12 +144,13 @@ class Clock(Protocol):
 
 
 class Request(NamedTuple):
+    """What is asked, named as `requests.request` has it."""
+
     method: str
     url: str
     params: dict[str, str]
     headers: dict[str, str]
     data: dict[str, str] | None = None
-    auth: tuple[str, str] | None = None
 
 
 class Answer(NamedTuple):
@@ -341,51 +347,73 @@ def listing_rate(posts: Sequence[Post]) -> float:
 
 # Who is asked: the API with a token, the anonymous JSON, the feed; and for a token.
 OAUTH, JSON, FEED, GRANT = "oauth", "json", "feed", "grant"
-# What came: a page, a token, JSON with an error in words, other JSON objects, the
-# search for subreddits, anything else.
-LISTING, TOKEN, DENIAL, OBJECT, SEARCH, OTHER = range(6)
+# What came: a page, a token, JSON with an error in words, other JSON objects, what
+# passes whatever was asked, a login page, the search for subreddits, anything else.
+LISTING, TOKEN, DENIAL, OBJECT, FAULT, LOGIN, SEARCH, OTHER = range(8)
 ANY = None
-# What to do about it.
-GOOD, RENEW, TAKE_FEED, WAIT, RETRY = "good", "renew", "take feed", "wait", "retry"
-REFUSED, GONE = "final 77", "final 69"
+
+
+class NoJson(AskAgain):
+    """Reddit gives this client no JSON without a token; it may give the feed."""
+
+
+class BadToken(Refused):
+    """The token may just have ended early."""
+
+
+class NoFeed(Refused):
+    """The feed is closed to this address; or only one name's is, when others come."""
+
+
+class Login(Failed):
+    """A login page came, which with a feed token means that it is refused."""
 
 
 class Rule(NamedTuple):
+    """What an answer means: an error to raise, None when it is good."""
+
     status: int | None
     body: int | None
     source: str | None
-    consequence: str
+    error: type[RedpipeError] | None
     sentence: str = ""
 
 
-# What an answer means: the first row that fits. A final one is final only before the
-# first good answer for a name; afterwards it is a failure that may pass. A token is
-# renewed once; the second refusal in a row is final.
+NO_FEED = "Reddit blocks this address, or the subreddit is private or quarantined (403)"
+NO_LISTING = "HTTP {status} ({came}) instead of a listing"
+# The first row that fits counts. A final error is final only before the first good
+# answer for a name; afterwards it is a failure that may pass.
 # fmt: off
 RULES = (
-    Rule(200, LISTING, ANY,   GOOD),
-    Rule(200, TOKEN,   GRANT, GOOD),
-    Rule(429, ANY,     ANY,   WAIT,      "Reddit asks for fewer requests (429)"),
-    Rule(ANY, DENIAL,  GRANT, REFUSED,   "Reddit refuses the credentials ({reason})"),
-    Rule(400, ANY,     GRANT, REFUSED,   "Reddit refuses the credentials (400)"),
-    Rule(401, ANY,     GRANT, REFUSED,   "Reddit refuses the credentials (401)"),
-    Rule(403, ANY,     GRANT, REFUSED,   "Reddit refuses or blocks the app (403)"),
-    Rule(ANY, ANY,     GRANT, RETRY,     "status {status}, no token: {reason}"),
-    Rule(401, ANY,     OAUTH, RENEW,     "Reddit refuses the token (401)"),
-    Rule(401, ANY,     ANY,   REFUSED,   "Reddit wants credentials (401)"),
-    Rule(ANY, SEARCH,  ANY,   GONE,      "does not exist"),
-    Rule(403, OBJECT,  ANY,   GONE,      "cannot be read: {reason} (403)"),
-    Rule(404, OBJECT,  ANY,   GONE,      "cannot be read: {reason} (404)"),
-    Rule(403, OTHER,   JSON,  TAKE_FEED, "Reddit blocks anonymous JSON (403); taking the feed"),
-    Rule(403, OTHER,   ANY,   REFUSED,   "Reddit blocks this address, or the app (403)"),
-    Rule(ANY, OBJECT,  ANY,   RETRY,     "status {status}, no listing: {reason}"),
-    Rule(ANY, ANY,     ANY,   RETRY,     "status {status}, no listing: {kind}"),
+    Rule(200, LISTING, ANY,   None),
+    Rule(200, TOKEN,   GRANT, None),
+    Rule(429, ANY,     ANY,   AskAgain, "rate limited (429)"),
+    Rule(ANY, DENIAL,  GRANT, Refused,  "Reddit refuses the credentials ({reason})"),
+    Rule(400, ANY,     GRANT, Refused,  "Reddit refuses the credentials (400)"),
+    Rule(401, ANY,     GRANT, Refused,  "Reddit refuses the credentials (401)"),
+    Rule(403, ANY,     GRANT, Refused,  "Reddit refuses or blocks the app (403)"),
+    Rule(ANY, ANY,     GRANT, Failed,   "HTTP {status} ({came}) instead of a token"),
+    Rule(401, ANY,     OAUTH, BadToken, "Reddit refuses the token (401)"),
+    Rule(401, OBJECT,  ANY,   Refused,  "Reddit wants credentials (401)"),
+    Rule(451, ANY,     ANY,   Gone,     "cannot be read for legal reasons (451)"),
+    Rule(ANY, SEARCH,  ANY,   Gone,     "does not exist"),
+    Rule(403, OBJECT,  ANY,   Gone,     "cannot be read: {reason} (403)"),
+    Rule(404, OBJECT,  ANY,   Gone,     "cannot be read: {reason} (404)"),
+    Rule(404, ANY,     FEED,  Gone,     "does not exist, or is banned (404)"),
+    Rule(ANY, OBJECT,  ANY,   Failed,   NO_LISTING),
+    Rule(ANY, FAULT,   ANY,   Failed,   NO_LISTING),
+    Rule(ANY, ANY,     JSON,  NoJson,   "Reddit blocks anonymous JSON ({status}); taking the feed"),
+    Rule(401, ANY,     ANY,   Refused,  "Reddit wants credentials (401)"),
+    Rule(403, ANY,     FEED,  NoFeed,   NO_FEED),
+    Rule(403, OTHER,   ANY,   Refused,  "Reddit blocks this address, or the app (403)"),
+    Rule(ANY, LOGIN,   FEED,  Login,    NO_LISTING),
+    Rule(ANY, ANY,     ANY,   Failed,   NO_LISTING),
 )
 # fmt: on
 
 
 def rule_for(status: int, body: int, source: str) -> Rule:
-    """Give the first row of RULES that fits an answer."""
+    """Return the first row of RULES that fits an answer."""
     answer = (status, body, source)
     return next(
         rule
@@ -394,8 +422,16 @@ def rule_for(status: int, body: int, source: str) -> Rule:
     )
 
 
+def judged(answer: Answer, source: str, value: Any) -> Any:
+    """Return what a good answer holds; raise what RULES say of another one."""
+    rule = rule_for(answer.status, kind_of(answer, source, value), source)
+    if rule.error:
+        raise rule.error(explained(rule, answer, value))
+    return value
+
+
 def server_time(answer: Answer, otherwise: float) -> float:
-    """Give the answer's own time (`Date`), in UTC seconds."""
+    """Return the answer's own time (`Date`), in UTC seconds."""
     return http_date(answer.headers.get("date", "")) or otherwise
 
 
@@ -406,52 +442,82 @@ def http_date(text: str) -> float | None:
         return None
 
 
-def read_answer(answer: Answer, source: str, utc: float) -> tuple[int, Any]:
-    """Tell what a body is, and give it: a Page, a token's object, any object or None."""
-    location = url_path(answer.headers.get("location", ""))
-    if 300 <= answer.status < 400 and location.startswith("/subreddits/search"):
-        return SEARCH, None
-    if source == FEED and (page := read_feed(answer.body, utc)):
-        return LISTING, page
+def read_value(body: bytes, source: str, utc: float) -> Page | dict[str, Any] | None:
+    """Return what a body holds: a page, another JSON object, or None for anything else."""
+    if source == FEED and (page := read_feed(body, utc)):
+        return page
     try:
-        value = parse_json(answer.body)
+        value = parse_json(body.removeprefix(codecs.BOM_UTF8))
     except ValueError:
-        return OTHER, None
+        return None
     if source in (OAUTH, JSON) and is_listing(value):
-        page = listing_page(value["data"], utc)
-        return (LISTING if page.posts or not page.things else OTHER), page
+        return listing_page(value["data"], utc)
+    return value if isinstance(value, dict) else None
+
+
+def kind_of(answer: Answer, source: str, value: Page | dict[str, Any] | None) -> int:
+    """Return what came, as RULES have it."""
+    status, where = answer.status, redirect_of(answer)
+    broken = status == 200 and value is None and answer.body.lstrip()[:1] in (b"", b"{")
+    if broken or status == 408 or status >= 500:
+        return FAULT
+    if isinstance(value, Page):
+        return LISTING
+    if where.startswith("/subreddits/search"):
+        return SEARCH
+    if value is None or 300 <= status < 400:
+        html = status == 200 and media_type(answer) == "text/html"
+        return LOGIN if html or "/login" in where else OTHER
     if source == GRANT and is_token(value):
-        return TOKEN, value
-    if not isinstance(value, dict):
-        return OTHER, None
-    denied = source == GRANT and isinstance(value.get("error"), str)
-    return (DENIAL if denied else OBJECT), value
+        return TOKEN
+    return DENIAL if source == GRANT and isinstance(value.get("error"), str) else OBJECT
 
 
-def is_token(value: Any) -> bool:
-    token = value.get("access_token") if isinstance(value, dict) else None
+def redirect_of(answer: Answer) -> str:
+    """Return the path that a redirect leads to; of other answers nothing."""
+    redirect = 300 <= answer.status < 400
+    return url_path(answer.headers.get("location", "")) if redirect else ""
+
+
+def media_type(answer: Answer) -> str:
+    return answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def is_token(value: dict[str, Any]) -> bool:
+    token = value.get("access_token")
     return isinstance(token, str) and token.isascii() and token.isprintable() and token != ""
+
+
+# A server may show what it was sent. Only this is repeated: short words of letters and
+# short numbers, a media type, a path of short names. Secrets are longer, or hold more.
+_PLAIN = re.compile(
+    r"(?:[A-Za-z_]{1,20}|[0-9]{1,3})(?:[ .,;:'()/]{1,2}(?:[A-Za-z_]{1,20}|[0-9]{1,3}))*[.)]{0,2}"
+    r"|[a-z]{1,11}/[a-z.+]{1,24}|(?:/[A-Za-z0-9_.]{0,21})+"
+)
+
+
+def plain(said: Any) -> str:
+    """Return words that may be repeated, those of a status for its number, or nothing."""
+    from http.client import responses  # requests has imported it
+
+    if type(said) is int:
+        return responses.get(said, f"error {said}" if 0 < said < 1000 else "")
+    return said if isinstance(said, str) and len(said) < 200 and _PLAIN.fullmatch(said) else ""
 
 
 def explained(rule: Rule, answer: Answer, value: Any) -> str:
     """Fill in a rule's sentence with what the answer says of itself."""
     said = value if isinstance(value, dict) else {}
-    words = [said.get(key) for key in ("reason", "message", "error") if said.get(key)]
-    return rule.sentence.format(
-        status=answer.status,
-        reason=words[0] if words else "no reason given",
-        kind=answer.headers.get("content-type", "no type") if answer.body else "nothing",
-    )
-
-
-def secrets_of(request: Request) -> Iterator[str]:
-    """Yield the secrets that a request holds, in all the forms it sends them in."""
-    parts = [*(request.auth or ()), request.params.get("feed", "")]
-    basic = base64.b64encode(":".join(request.auth or ()).encode()).decode()
-    bearer = request.headers.get("Authorization", "").rpartition(" ")[2]
-    for secret in (basic, bearer, *parts, *map(quote_plus, parts)):
-        if len(secret) > 1:
-            yield secret
+    words = [plain(said.get(key)) for key in ("reason", "message", "error")]
+    reason = next(filter(None, words), "no reason given")
+    if described := plain(said.get("error_description")):
+        reason = f"{reason}: {described}"
+    came = reason if said else plain(media_type(answer)) or "of unknown type"
+    if 300 <= answer.status < 400:
+        came = f"redirect to {plain(redirect_of(answer)) or 'another page'}"
+    elif not answer.body:
+        came = "empty"
+    return rule.sentence.format(status=answer.status, reason=reason, came=came)
 
 
 def listing_page(data: dict[str, Any], utc: float) -> Page:
@@ -468,58 +534,89 @@ def fullname(post: Post) -> str:
 
 
 _ATOM = {"": "http://www.w3.org/2005/Atom"}
+# What may stand before the root: no DOCTYPE, whose entities could grow without bound.
+_FEED = re.compile(r"(?:\s|<\?[^>]*>|<!--[^>]*>)*(<feed\b[^>]*>)")
+_CDATA = re.compile(r"<!\[CDATA\[((?:(?!<!\[CDATA\[).)*?)\]\]>", re.DOTALL)
+_ENCODING = re.compile(rb"(?i)\s*<\?xml[^>]*?(iso-8859-(?:1[013-6]?|[2-9])|windows-125[0-8])")
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_REFERENCE = re.compile(r"&(?:#[0-9]{1,9};|#[xX][0-9a-fA-F]{1,8};|[A-Za-z]\w{1,31};)?")
 
 
 def read_feed(body: bytes, utc: float) -> Page | None:
-    """Turn an Atom feed into a Page, or give None: this is no feed.
+    """Turn an Atom feed into a Page, or return None: this is no feed.
 
-    A DOCTYPE could declare entities that grow without bound; Reddit sends none.
+    It is cut into its entries first, so that what is wrong in one spoils no other; one
+    that cannot be read counts as a thing. A feed cut short is none.
     """
-    if b"<!DOCTYPE" in body:
-        return None
-    from xml.etree import ElementTree  # here, because only the feed needs it
+    from html import escape  # here, because only the feed needs it
 
+    text = _CDATA.sub(lambda section: escape(section[1]), feed_text(body))
+    head, *entries = re.split(r"<entry(?=[\s/>])", text)
+    root = _FEED.match(head)
+    if not (root and _ATOM[""] in root[1] and "</feed>" in (head, *entries)[-1]):
+        return None
+    posts = listed_posts(feed_thing(root[1], entry) for entry in entries)
+    after = fullname(posts[-1]) if posts else None
+    return Page(posts, after, len(entries), utc, tells_end=False)
+
+
+def feed_text(body: bytes) -> str:
+    """Decode a feed: as UTF-8 whatever it declares, if that is possible."""
+    encoding = json.detect_encoding(body)
     try:
-        root = ElementTree.fromstring(body.decode("utf-8"))
-    except (ElementTree.ParseError, ValueError, RecursionError):
-        return None
-    if root.tag != f"{{{_ATOM['']}}}feed":
-        return None
-    entries = [feed_post(entry) for entry in root.findall("entry", _ATOM)]
-    posts = listed_posts({"kind": post["name"][:2], "data": post} for post in entries)
-    names = [post["name"] for post in entries if post["name"]]
-    return Page(posts, names[-1] if names else None, len(entries), utc, tells_end=False)
+        return body.decode(encoding)
+    except UnicodeDecodeError:
+        declared = _ENCODING.match(body)
+        return body.decode(declared[1].decode() if declared else encoding, "replace")
+
+
+def feed_thing(root: str, entry: str) -> dict[str, Any]:
+    """Return what follows `<entry` as a listing's child; of no kind if it cannot be read."""
+    from xml.etree import ElementTree
+
+    if "</content>" in entry:  # most of the text, and of no use
+        before, _, content = entry.partition("<content")
+        entry = before + content.partition("</content>")[2]
+    entry = f"{root}<entry{entry.partition('</entry>')[0]}</entry></feed>"
+    try:
+        feed = ElementTree.fromstring(_FORBIDDEN.sub("\ufffd", _REFERENCE.sub(meant, entry)))
+    except ElementTree.ParseError:
+        return {}
+    post = feed_post(feed[0])
+    return {"kind": post["name"][:2], "data": post}
+
+
+def meant(reference: re.Match[str]) -> str:
+    """Return what XML takes for a reference: HTML has more names, and people write &."""
+    from html import escape, unescape
+
+    text = unescape(reference[0]) or "\ufffd"
+    return escape(text).replace("\r", "&#13;")  # as it is, XML would make it a newline
 
 
 def feed_post(entry: Any) -> Post:
-    """Give a feed's entry Reddit's keys; what it does not say is left out.
+    """Return a feed's entry with Reddit's keys.
 
     The forms are `id` t3_x, `category/@term` python, `author/name` /u/x,
     `published` 2026-11-23T08:00:00+00:00, `link/@href` an absolute address.
     """
-    texts = {
-        path: entry.findtext(path, "", _ATOM)
-        for path in ("id", "title", "author/name", "published", "updated")
+    text = partial(entry.findtext, default="", namespaces=_ATOM)
+    attributes = {element.tag: element.attrib for element in reversed(entry)}
+    category, link = (attributes.get(f"{{{_ATOM['']}}}{tag}", {}) for tag in ("category", "link"))
+    return {
+        "name": text("id").strip(),
+        "title": entry.findtext("title", None, _ATOM),
+        "subreddit": category.get("term"),
+        "author": text("author/name").rpartition("/")[2] or None,
+        "created_utc": iso_seconds(text("published") or text("updated")),
+        "permalink": url_path(link.get("href", "")) or None,
     }
-    attributes = {
-        key: element.get(key, "")
-        for tag, key in (("category", "term"), ("link", "href"))
-        if (element := entry.find(tag, _ATOM)) is not None
-    }
-    post = {
-        "title": texts["title"],
-        "subreddit": attributes.get("term"),
-        "author": texts["author/name"].rpartition("/")[2],
-        "created_utc": iso_seconds(texts["published"] or texts["updated"]),
-        "permalink": url_path(attributes.get("href", "")),
-    }
-    return {"name": texts["id"]} | {key: value for key, value in post.items() if value}
 
 
 def iso_seconds(text: str) -> int | None:
-    """Give an ISO 8601 time in UTC seconds."""
+    """Return an ISO 8601 time in UTC seconds."""
     try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
     except ValueError:
         return None
     return int(moment.timestamp()) if moment.tzinfo else None
@@ -530,6 +627,23 @@ def url_path(url: str) -> str:
         return urlsplit(url).path
     except ValueError:
         return ""
+
+
+def number(text: str | None) -> float | None:
+    """Give a header's finite number."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def retry_after(text: str | None, utc: float) -> float | None:
+    """Give the seconds of a Retry-After, which may be a date (RFC 9110, 10.2.3)."""
+    seconds = number(text)
+    if seconds is None and text and (date := http_date(text)) is not None:
+        seconds = date - utc
+    return seconds
 
 
 # --- Pacing -------------------------------------------------------------------
@@ -668,23 +782,6 @@ class Budget(NamedTuple):
         return Budget(known, not_before, refusals)
 
 
-def number(text: str | None) -> float | None:
-    """Give a header's finite number."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def retry_after(text: str | None, utc: float) -> float | None:
-    """Give the seconds of a Retry-After, which may be a date (RFC 9110, 10.2.3)."""
-    seconds = number(text)
-    if seconds is None and text and (date := http_date(text)) is not None:
-        seconds = date - utc
-    return seconds
-
-
 # --- Whose turn it is ---------------------------------------------------------
 
 
@@ -739,90 +836,124 @@ def is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
 
 
-def http_fetch() -> Fetch:
-    """Give the function that sends requests, over one Session.
+def http_fetch(clock: Clock = time) -> Fetch:
+    """Return the function that sends requests, over one Session.
 
-    It raises Failed for whatever the network does, in words without the address:
-    a query may hold the feed token. Redirects are not followed, ~/.netrc is not
-    read, and what goes to this machine does not pass a proxy.
+    A connection that was idle for long is not used again; if a used one turns out to be
+    dropped, the request goes out once more. It raises Failed for what the network does.
     """
     import requests
-    import urllib3
 
     session = requests.Session()
+    session.headers["Accept-Encoding"] = "gzip"
     session.auth = lambda prepared: prepared  # or requests looks into ~/.netrc
     # Or requests reads a redirect's body itself, without our limits, to follow it.
     session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
+    used: dict[str, float] = {}  # when each host last answered
 
     def fetch(request: Request) -> Answer:
-        past_proxies = {"http": "", "https": "", "all": ""} if is_loopback(request.url) else None
-        auth = tuple(part.encode() for part in request.auth) if request.auth else None
+        host = urlsplit(request.url).netloc
+        last = used.pop(host, None)
+        if last is not None and clock.monotonic() - last >= IDLE_TIMEOUT:
+            session.close()
+            last = None
         try:
-            with session.request(
-                request.method,
-                request.url,
-                params=request.params,
-                headers={"Accept-Encoding": "gzip", **request.headers},
-                data=request.data,
-                auth=auth,  # type: ignore[arg-type]
-                proxies=past_proxies,
-                timeout=(CONNECT_TIMEOUT, READ_TIMEOUT),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                headers = {name.lower(): value for name, value in response.headers.items()}
-                return Answer(response.status_code, headers, read_body(response.raw))
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as exc:
-            raise Failed(network_trouble(exc)) from exc
-        except (ValueError, EOFError) as exc:
-            raise Failed("a senseless answer") from exc
+            answer = send(session, request)
+        except Failed as exc:
+            if last is None or not any(isinstance(cause, ConnectionError) for cause in causes(exc)):
+                raise
+            answer = send(session, request)
+        used[host] = clock.monotonic()
+        return answer
 
     return fetch
 
 
-TOO_LARGE = f"an answer of more than {BODY_LIMIT >> 20} MiB"
+def send(session: Any, request: Request) -> Answer:
+    """Send a request; raise Failed in words without the address, which may hold a token.
+
+    Redirects are not followed, and what goes to this machine does not pass a proxy.
+    """
+    import requests
+    import urllib3
+
+    past_proxies = {"http": "", "https": "", "all": ""} if is_loopback(request.url) else None
+    try:
+        with session.request(
+            **request._asdict(),
+            proxies=past_proxies,
+            timeout=(CONNECT_TIMEOUT, READ_TIMEOUT),
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(response.status_code, headers, read_body(response))
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as exc:
+        raise Failed(network_trouble(exc)) from exc
+    except (ValueError, EOFError) as exc:
+        raise Failed("malformed response") from exc
 
 
-def read_body(raw: Any, clock: Clock = time) -> bytes:
-    """Read a whole body within BODY_TIMEOUT and BODY_LIMIT, else raise Failed."""
+def read_body(response: Any) -> bytes:
+    """Return a body; of an error whose body is no good nothing: its status and headers count."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        body = read_whole(response.raw, decode=False)
+        return decoded(body, response.headers.get("content-encoding", "")) if body else body
+    except (HTTPError, Failed):
+        if response.status_code == 200:
+            raise
+        return b""
+
+
+def decoded(body: bytes, encoding: str) -> bytes:
+    """Decompress a body, or return nothing; gzip's several members and what follows are fine.
+
+    From memory: from a connection urllib3 reads on until something comes out, without limits.
+    """
+    from urllib3 import HTTPResponse
+    from urllib3.exceptions import DecodeError
+
+    name = encoding.lower().replace("identity", "").strip(" ,")
+    if not name:
+        return body
+    packed = HTTPResponse(io.BytesIO(body), {"content-encoding": name}, preload_content=False)
+    try:
+        return read_whole(packed, decode=True) if name in packed.CONTENT_DECODERS else b""
+    except DecodeError:
+        return b""
+
+
+def read_whole(raw: Any, *, decode: bool, clock: Clock = time) -> bytes:
+    """Read to the end within BODY_TIMEOUT and BODY_LIMIT, else raise Failed."""
     ends = clock.monotonic() + BODY_TIMEOUT
     body = bytearray()
-    # Not decoded here: that reads on until something comes out, without limits.
-    while chunk := raw.read1(2**16, decode_content=False):
+    while chunk := raw.read1(2**16, decode_content=decode):
         body += chunk
         if len(body) > BODY_LIMIT:
-            raise Failed(TOO_LARGE)
+            raise Failed(f"response larger than {BODY_LIMIT >> 20} MiB")
         if clock.monotonic() > ends:
-            raise Failed(f"an answer that took more than {BODY_TIMEOUT:.0f} s")
-    return unzipped(bytes(body)) if raw.headers.get("content-encoding") else bytes(body)
+            raise Failed(f"response took longer than {BODY_TIMEOUT:.0f} s")
+    return bytes(body)
 
 
-def unzipped(body: bytes) -> bytes:
-    """Decompress what gzip made, up to BODY_LIMIT, else raise Failed."""
-    gzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
-    try:
-        plain = gzip.decompress(body, BODY_LIMIT)
-    except zlib.error as exc:
-        raise Failed("a wrongly compressed answer") from exc
-    if gzip.unconsumed_tail:
-        raise Failed(TOO_LARGE)
-    if not gzip.eof:
-        raise Failed("an answer cut short")
-    return plain
+def causes(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what is behind it."""
+    while exc is not None:
+        yield exc
+        inside = (arg for arg in exc.args if isinstance(arg, BaseException))
+        exc = exc.__cause__ or exc.__context__ or next(inside, None)
 
 
 def network_trouble(exc: BaseException) -> str:
     """Say what went wrong, by the first system error behind an exception."""
-    name = type(exc).__name__
-    cause: BaseException | None = exc
-    while cause is not None:
+    for cause in causes(exc):
         if isinstance(cause, OSError) and cause.strerror:
             return str(cause.strerror)
         if type(cause) is OSError and cause.args:  # http.client's, of a proxy that refuses
             return str(cause.args[0])
-        inside = (arg for arg in cause.args if isinstance(arg, BaseException))
-        cause = cause.__cause__ or cause.__context__ or next(inside, None)
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(exc).__name__).lower()
 
 
 class Reddit:
@@ -841,17 +972,18 @@ class Reddit:
         self._token = ""
         self._token_ends = 0.0
         self._renewed = False
+        self._answered = ""  # the name that was answered last
 
     def wait_for(self, pages: int) -> float:
-        """Give the seconds until so many pages may be asked for at once."""
+        """Return the seconds until so many pages may be asked for at once."""
         return self.budget.wait(pages, self.clock.monotonic())
 
     def at_once(self) -> int:
-        """Give how many pages may be asked for without waiting."""
+        """Return how many pages may be asked for without waiting."""
         return self.budget.free(self.clock.monotonic())
 
     def carries(self) -> float:
-        """Give the requests a second that the budget carries."""
+        """Return the requests a second that the budget carries."""
         return self.budget.known.rate(self.clock.monotonic())
 
     def page(self, name: str, after: str | None = None) -> Page:
@@ -862,9 +994,42 @@ class Reddit:
         """
         if self.source == OAUTH and self.clock.monotonic() >= self._token_ends:
             self._renew_token()
-        page: Page = self._ask(self._listing_request(name, after), self.source)
-        self._renewed = False
+        page = self._page(name, after)
+        self._renewed, self._answered = False, name
+        if page.things and not page.posts:
+            if not after:
+                raise Failed("a listing without posts")
+            return page._replace(after=None, things=0)
         return page
+
+    def _page(self, name: str, after: str | None) -> Page:
+        """Ask; what some answers mean depends on those before, or on what was asked with."""
+        try:
+            page: Page = self._ask(self._listing_request(name, after), self.source)
+        except NoJson as exc:
+            self._take_feed(exc)
+            raise
+        except BadToken as exc:
+            again, self._token_ends, self._renewed = not self._renewed, 0.0, True
+            if again:
+                raise AskAgain(exc.args[0]) from exc
+            raise
+        except NoFeed as exc:
+            other, self._answered = self._answered not in ("", name), ""
+            if other:
+                raise Gone("cannot be read: private or quarantined, it seems (403)") from exc
+            raise
+        except Login as exc:
+            if self.access.feed_token:
+                raise Refused("Reddit answers the feed token with a login page") from exc
+            raise
+        return page
+
+    def _take_feed(self, exc: NoJson) -> None:
+        log.info("%s, which has no account ids", exc)
+        self.source = FEED
+        assumed = Assumed(60 if self.access.feed_token else 10).spend(self.clock.monotonic())
+        self.budget = self.budget._replace(known=assumed)
 
     def _ask(self, request: Request, source: str) -> Any:
         log.debug("asking for %s", url_path(request.url))
@@ -874,28 +1039,7 @@ class Reddit:
         utc = server_time(answer, self.clock.time())
         if source != GRANT or answer.status != 200:
             self.budget = self.budget.learn(answer, self.clock.monotonic(), utc)
-        body, value = read_answer(answer, source, utc)
-        rule = rule_for(answer.status, body, source)
-        if rule.consequence == GOOD:
-            return value
-        sentence = explained(rule, answer, value)
-        for secret in secrets_of(request):  # a proxy may send back what it got
-            sentence = sentence.replace(secret, "***")
-        raise self._consequence(rule.consequence, sentence[:200])
-
-    def _consequence(self, consequence: str, sentence: str) -> RedpipeError:
-        if consequence == TAKE_FEED:
-            log.info("%s, which has no account ids", sentence)
-            self.source = FEED
-            assumed = Assumed(60 if self.access.feed_token else 10).spend(self.clock.monotonic())
-            self.budget = self.budget._replace(known=assumed)
-            return AskAgain(sentence)
-        if consequence in (RENEW, REFUSED):
-            again = consequence == RENEW and not self._renewed
-            self._token_ends, self._renewed = 0.0, True
-            return AskAgain(sentence) if again else Refused(f"{sentence}; see README, Credentials")
-        final = {GONE: Gone, WAIT: AskAgain, RETRY: Failed}
-        return final[consequence](sentence)
+        return judged(answer, source, read_value(answer.body, source, utc))
 
     def _listing_request(self, name: str, after: str | None) -> Request:
         base = self.access.url or (OAUTH_URL if self.source == OAUTH else WWW_URL)
@@ -925,9 +1069,9 @@ class Reddit:
                 "device_id": "DO_NOT_TRACK_THIS_DEVICE",
             }
         url = f"{access.url or WWW_URL}/api/v1/access_token"
-        auth = (access.client_id, access.client_secret)
-        headers = {"User-Agent": access.user_agent}
-        told = self._ask(Request("POST", url, {}, headers, grant, auth), GRANT)
+        secret = base64.b64encode(f"{access.client_id}:{access.client_secret}".encode()).decode()
+        headers = {"User-Agent": access.user_agent, "Authorization": f"Basic {secret}"}
+        told = self._ask(Request("POST", url, {}, headers, grant), GRANT)
         lifetime = number(str(told.get("expires_in"))) or 3600.0
         self._token = told["access_token"]
         self._token_ends = self.clock.monotonic() + max(lifetime - 60, lifetime * 0.9)

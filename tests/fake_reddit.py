@@ -129,6 +129,25 @@ def wrong_gzip() -> Reply:
     return reply(200, b"no gzip at all" * 50, {**JSON, "content-encoding": "gzip"})
 
 
+def encoded(answer: Reply, encoding: str, body: bytes | None = None) -> Reply:
+    """Say that an answer's body is encoded, and send it, or another one, as it is."""
+    status, headers, plain = answer
+    return status, {**headers, "content-encoding": encoding}, plain if body is None else body
+
+
+def gzipped(answer: Reply, members: int = 1, behind: bytes = b"") -> Reply:
+    """Compress an answer's body in so many members, and put something behind it."""
+    body = answer[2]
+    size = -(-len(body) // members)
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    return encoded(answer, "gzip", b"".join(map(gzip.compress, parts)) + behind)
+
+
+def moved(location: str, status: int = 302) -> Reply:
+    """Send a client elsewhere."""
+    return reply(status, f"<html>{status}</html>", {**HTML, "location": location})
+
+
 def gzip_bomb(mebibytes: int = 64) -> Reply:
     """Answer with a small body that unpacks to a large one."""
     packed = gzip.compress(b" " * (mebibytes << 20), 1)
@@ -396,7 +415,13 @@ class FakeReddit:
         token_error         when set, the token endpoint answers 200 {"error": token_error}
         budgets             {"oauth" | "json" | "feed" | "token feed": Budget or None for no limit}
         anonymous_json_blocked  403 with the block page for /new/.json
+        closed_json         what /new/.json is answered then, if not with the block page
         feed_blocked        the same for /new/.rss without a valid feed token
+        feed_login          a wrong feed token gets a login page
+        feed_filter         called with each feed, gives the bytes to send in its place
+        refusals_in_html    refusals of a subreddit are pages for people, not JSON
+        idle_limit          seconds after which a silent connection is dropped: the next
+                            request on it is answered by a reset
         feed_tokens         {feed token: user name}
         reasons             whether refusals of a subreddit carry their `reason`
         joint_refused       one refused name refuses a whole joint listing; else it is left out
@@ -417,7 +442,12 @@ class FakeReddit:
         self.token_error = ""
         self.budgets: dict[str, Budget | None] = {"oauth": Budget()}
         self.anonymous_json_blocked = False
+        self.closed_json: Reply | None = None
         self.feed_blocked = False
+        self.feed_login = False
+        self.feed_filter: Callable[[bytes], bytes] | None = None
+        self.refusals_in_html = False
+        self.idle_limit = math.inf
         self.feed_tokens: dict[str, str] = {}
         self.reasons = True
         self.joint_refused = False
@@ -665,6 +695,8 @@ class FakeReddit:
         source = {None: "oauth", "json": "json", "rss": "feed"}[found[2]]
         if source == "feed" and self._has_feed_token(query):
             source = "token feed"
+        elif source == "feed" and "feed" in query and self.feed_login:
+            return login_page()
         return self._within_budget(source, found[1], query, headers)
 
     def _within_budget(
@@ -688,8 +720,9 @@ class FakeReddit:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or self._tokens.get(token, 0) <= self.clock.time():
                 return self._unauthorized('Bearer realm="reddit", error="invalid_token"')
-        blocked = {"json": self.anonymous_json_blocked, "feed": self.feed_blocked}
-        return block_page() if blocked.get(source) else None
+        if source == "json" and self.anonymous_json_blocked:
+            return self.closed_json or block_page()
+        return block_page() if source == "feed" and self.feed_blocked else None
 
     def _has_feed_token(self, query: dict[str, str]) -> bool:
         """Tell whether a personal feed token is there and its user's."""
@@ -735,6 +768,8 @@ class FakeReddit:
     def _refusal(self, why: str) -> Reply:
         """Refuse a subreddit the way its state asks for."""
         status, message = REFUSALS[why]
+        if self.refusals_in_html:
+            return reply(status, f"<!doctype html><html><h1>{message}</h1></html>", HTML)
         return error_reply(status, message, **({"reason": why} if self.reasons else {}))
 
     def _no_subreddit(self, source: str, names: str) -> Reply:
@@ -754,7 +789,7 @@ class FakeReddit:
         page, after = self._slice(items, query)
         if "feed" in source:
             feed = atom_feed((item.post for item in page), names, self.clock.time())
-            return reply(200, feed, ATOM)
+            return reply(200, self.feed_filter(feed) if self.feed_filter else feed, ATOM)
         body = listing([item.as_json() for item in page], after)
         return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
 
@@ -892,6 +927,8 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # one packet for headers and body, where they fit
     server: _Server
+    spoke = math.inf
+    """When this connection was used last."""
 
     def do_GET(self) -> None:
         """Answer a request of any method."""
@@ -900,6 +937,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", 0)))
         released = self.server.released
+        now, idle_since = self.server.reddit.clock.time(), self.spoke
+        self.spoke = now
+        if now - idle_since > self.server.reddit.idle_limit:
+            self.close_connection = True
+            self._reset(RESET, released)
+            return
         answer = self.server.reddit.handle(self.command, unquote(target.path), query, headers, body)
         if isinstance(answer, Fault):
             self.close_connection = True

@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,34 +28,40 @@ from fake_reddit import (
     GIANT,
     HANG,
     HTML,
-    JSON,
     REFUSE,
     RESET,
     TRUNCATE,
     FakeReddit,
     atom_feed,
     block_page,
+    encoded,
     error_reply,
     gzip_bomb,
+    gzipped,
     json_reply,
     login_page,
     make_post,
+    moved,
     reply,
     thing,
-    wrong_gzip,
 )
 from pipeline import (
     RULES,
     Access,
     Answer,
+    AskAgain,
     Database,
     Failed,
+    Gone,
     Reddit,
     RedpipeError,
+    Refused,
     Request,
+    decoded,
     http_fetch,
+    kind_of,
     load,
-    read_answer,
+    read_value,
     rule_for,
     stream,
     transform,
@@ -70,8 +77,8 @@ DOCTYPE = '<?xml version="1.0"?><!DOCTYPE feed [<!ENTITY a "aaaaaaaaaa">]>'
 class Nothing:
     """Remember no post and no cursor, as an empty database does."""
 
-    def cursors(self, names):
-        return {}
+    def cursor(self, name):
+        return None
 
     def unstored(self, posts):
         return list(posts)
@@ -80,19 +87,19 @@ class Nothing:
 class Outcome(NamedTuple):
     """Hold what an answer leads to.
 
-    asked: who was asked after it, until posts came; waited: seconds before that;
-    end: the exit status, when it was final; said: messages for the user.
+    asked: who was asked after it, until posts came; waited: seconds for the budget;
+    end: the exit status, when it was final; said: what the errors say that are failures.
     """
 
     asked: tuple[str, ...] = ()
     waited: float = 0.0
     end: int = 0
     said: tuple[str, ...] = ()
-    posts: tuple[str, ...] = tuple(IDS)
+    posts: tuple[str, ...] = tuple(IDS[::-1])
 
 
 def retried(sentence, *asked):
-    return Outcome(asked, 0.5, said=(f"{sentence}; trying again", "Reddit answers again"))
+    return Outcome(asked, said=(sentence,))
 
 
 def final(status, sentence):
@@ -120,99 +127,99 @@ HTML_401 = reply(401, "<html>Unauthorized</html>", HTML)
 SERVER_ERROR = error_reply(500, "Internal Server Error")
 CREDENTIALS = "; see README, Credentials"
 BLOCKED = f"Reddit blocks this address, or the app (403){CREDENTIALS}"
-NO_LISTING = "status 200, no listing: no reason given"
-TEXT = "text/html; charset=UTF-8"
+FEED_BLOCKED = (
+    "Reddit blocks this address, or the subreddit is private or quarantined (403)" + CREDENTIALS
+)
+NOT_THERE = "does not exist, or is banned (404)"
+LEGAL = "cannot be read for legal reasons (451)"
+NO_POSTS = "a listing without posts"
+NO_LISTING = "HTTP 200 (no reason given) instead of a listing"
+TEXT = "text/html"
 RENEWED = Outcome(("token", "oauth"))
-PAGES = ("feed", "feed", "feed")
-"""A feed does not say that it ends: two more requests show it."""
+TAKEN = Outcome(("feed",))
 
 
 T5 = page_of({"kind": "t5", "data": {"id": "2zzzz", "name": "t5_2zzzz"}})
 
 
-def elsewhere(location):
-    return reply(302, "<html>302 Found</html>", {**HTML, "location": location})
+WHOLE = page_of(*map(json.loads, map(thing, POSTS[::-1])))
+"""The three posts as a listing."""
 
 
 # who is asked, what comes, what follows
 CASES = {
     # with a token
-    "a listing": ("oauth", page_of(*map(json.loads, map(thing, POSTS))), Outcome()),
+    "a listing": ("oauth", WHOLE, Outcome()),
     "401 JSON": ("oauth", error_reply(401, "Unauthorized"), RENEWED),
     "401 HTML": ("oauth", HTML_401, RENEWED),
     "403 JSON with a reason": (
         "oauth",
         error_reply(403, "Forbidden", reason="private"),
-        final(69, "r/python cannot be read: private (403)"),
+        final(69, "cannot be read: private (403)"),
     ),
     "403 JSON without a reason": (
         "oauth",
         error_reply(403, "Forbidden"),
-        final(69, "r/python cannot be read: Forbidden (403)"),
+        final(69, "cannot be read: Forbidden (403)"),
     ),
     "403 JSON without a word": (
         "oauth",
         json_reply(403, {}),
-        final(69, "r/python cannot be read: no reason given (403)"),
+        final(69, "cannot be read: no reason given (403)"),
     ),
     "404 JSON with a reason": (
         "oauth",
         error_reply(404, "Not Found", reason="banned"),
-        final(69, "r/python cannot be read: banned (404)"),
+        final(69, "cannot be read: banned (404)"),
     ),
     "404 JSON without a reason": (
         "oauth",
         error_reply(404, "Not Found"),
-        final(69, "r/python cannot be read: Not Found (404)"),
+        final(69, "cannot be read: Not Found (404)"),
     ),
     "404 HTML": (
         "oauth",
         reply(404, "<html>", HTML),
-        retried(f"status 404, no listing: {TEXT}", "oauth"),
+        retried(f"HTTP 404 ({TEXT}) instead of a listing", "oauth"),
     ),
     "the block page": ("oauth", block_page(), final(77, BLOCKED)),
     "403 with a JSON list": ("oauth", json_reply(403, []), final(77, BLOCKED)),
     "403 with a listing": (
         "oauth",
         (403, *page_of()[1:]),
-        retried("status 403, no listing: application/json; charset=UTF-8", "oauth"),
+        retried("HTTP 403 (application/json) instead of a listing", "oauth"),
     ),
     "302 to the search": (
         "oauth",
-        elsewhere("https://www.reddit.com/subreddits/search?q=pyhton"),
-        final(69, "r/python does not exist"),
+        moved("https://www.reddit.com/subreddits/search?q=pyhton"),
+        final(69, "does not exist"),
     ),
     "302 to the search, relative": (
         "oauth",
-        elsewhere("/subreddits/search.json?q=pyhton"),
-        final(69, "r/python does not exist"),
+        moved("/subreddits/search.json?q=pyhton"),
+        final(69, "does not exist"),
     ),
     "302 elsewhere": (
         "oauth",
-        elsewhere("https://www.reddit.com/"),
-        retried(f"status 302, no listing: {TEXT}", "oauth"),
+        moved("https://www.reddit.com/"),
+        retried("HTTP 302 (redirect to /) instead of a listing", "oauth"),
     ),
     "302 to a login that mentions the search": (
         "oauth",
-        elsewhere("https://www.reddit.com/login/?dest=/subreddits/search"),
-        retried(f"status 302, no listing: {TEXT}", "oauth"),
+        moved("https://www.reddit.com/login/?dest=/subreddits/search"),
+        retried("HTTP 302 (redirect to /login/) instead of a listing", "oauth"),
     ),
     "302 to nowhere": (
         "oauth",
-        elsewhere("http://[broken"),
-        retried(f"status 302, no listing: {TEXT}", "oauth"),
+        moved("http://[broken"),
+        retried("HTTP 302 (redirect to another page) instead of a listing", "oauth"),
     ),
     "400 JSON": (
         "oauth",
         error_reply(400, "Bad Request"),
-        retried("status 400, no listing: Bad Request", "oauth"),
+        retried("HTTP 400 (Bad Request) instead of a listing", "oauth"),
     ),
-    "408": ("oauth", reply(408), retried("status 408, no listing: nothing", "oauth")),
-    "414": (
-        "oauth",
-        reply(414, "<html>", HTML),
-        final(64, "too many names for one listing (414)"),
-    ),
+    "408": ("oauth", reply(408), retried("HTTP 408 (empty) instead of a listing", "oauth")),
     "429 with Retry-After in seconds": ("oauth", too_many(retry_after="4"), again("oauth", 4.0)),
     "429 with Retry-After 0": ("oauth", too_many(retry_after="0"), again("oauth", 2.0)),
     "429 with Retry-After as a date": (
@@ -246,36 +253,46 @@ CASES = {
         too_many(x_ratelimit_used="600", **limits("0", "0")),
         again("oauth", 2.0),
     ),
-    "451": ("oauth", reply(451), retried("status 451, no listing: nothing", "oauth")),
+    "451": ("oauth", reply(451), final(69, LEGAL)),
+    "451 HTML": ("json", reply(451, "<html>", HTML), final(69, LEGAL)),
+    "451 JSON": ("feed", error_reply(451, "x"), final(69, LEGAL)),
     **{
         str(status): (
             "oauth",
             reply(status, "<html>", HTML),
-            retried(f"status {status}, no listing: {TEXT}", "oauth"),
+            retried(f"HTTP {status} ({TEXT}) instead of a listing", "oauth"),
         )
         for status in (500, 501, 502, 503, 504, 520, 522)
     },
     "500 JSON": (
         "oauth",
         SERVER_ERROR,
-        retried("status 500, no listing: Internal Server Error", "oauth"),
+        retried("HTTP 500 (Internal Server Error) instead of a listing", "oauth"),
     ),
     "503 with Retry-After": (
         "oauth",
         reply(503, headers={"retry-after": "20"}),
-        retried("status 503, no listing: nothing", "oauth")._replace(waited=20.0),
+        retried("HTTP 503 (empty) instead of a listing", "oauth")._replace(waited=20.0),
     ),
-    "200 with HTML": ("oauth", login_page(), retried(f"status 200, no listing: {TEXT}", "oauth")),
-    "200 with nothing": ("oauth", reply(200), retried("status 200, no listing: nothing", "oauth")),
+    "200 with HTML": (
+        "oauth",
+        login_page(),
+        retried(f"HTTP 200 ({TEXT}) instead of a listing", "oauth"),
+    ),
+    "200 with nothing": (
+        "oauth",
+        reply(200),
+        retried("HTTP 200 (empty) instead of a listing", "oauth"),
+    ),
     "200 with an error's name": (
         "oauth",
         json_reply(200, {"error": "invalid_grant"}),
-        retried("status 200, no listing: invalid_grant", "oauth"),
+        retried("HTTP 200 (invalid_grant) instead of a listing", "oauth"),
     ),
     "200 with an error's number": (
         "oauth",
         json_reply(200, {"error": 503}),
-        retried("status 200, no listing: 503", "oauth"),
+        retried("HTTP 200 (Service Unavailable) instead of a listing", "oauth"),
     ),
     "200 with a token": (
         "oauth",
@@ -285,12 +302,12 @@ CASES = {
     "200 with a JSON list": (
         "oauth",
         json_reply(200, [{"kind": "Listing"}]),
-        retried("status 200, no listing: application/json; charset=UTF-8", "oauth"),
+        retried("HTTP 200 (application/json) instead of a listing", "oauth"),
     ),
     "a listing of t5": (
         "oauth",
         T5,
-        retried(f"status 200, no listing: {JSON['content-type']}", "oauth"),
+        retried(NO_POSTS, "oauth"),
     ),
     "children that are null": ("oauth", page_of(children=None), retried(NO_LISTING, "oauth")),
     "no children": (
@@ -311,22 +328,22 @@ CASES = {
     "a child without data": (
         "oauth",
         page_of({"kind": "t3", "data": None}),
-        retried(f"status 200, no listing: {JSON['content-type']}", "oauth"),
+        retried(NO_POSTS, "oauth"),
     ),
     "half a listing": (
         "oauth",
         reply(200, page_of(*map(json.loads, map(thing, POSTS)))[2][:999]),
-        retried("status 200, no listing: application/json; charset=UTF-8", "oauth"),
+        retried("HTTP 200 (application/json) instead of a listing", "oauth"),
     ),
     "JSON that nests without end": (
         "oauth",
         reply(200, '{"kind": "Listing", "data": ' + "[" * 100_000),
-        retried("status 200, no listing: application/json; charset=UTF-8", "oauth"),
+        retried("HTTP 200 (application/json) instead of a listing", "oauth"),
     ),
     "bytes that are no UTF-8": (
         "oauth",
         reply(200, b'{"kind": "\xff\xfe"}'),
-        retried("status 200, no listing: application/json; charset=UTF-8", "oauth"),
+        retried("HTTP 200 (application/json) instead of a listing", "oauth"),
     ),
     # for a token
     "no token: 401": (
@@ -357,32 +374,32 @@ CASES = {
     "no token: 404": (
         "token",
         error_reply(404, "Not Found"),
-        retried("status 404, no token: Not Found", "token", "oauth"),
+        retried("HTTP 404 (Not Found) instead of a token", "token", "oauth"),
     ),
     "no token: 500": (
         "token",
         SERVER_ERROR,
-        retried("status 500, no token: Internal Server Error", "token", "oauth"),
+        retried("HTTP 500 (Internal Server Error) instead of a token", "token", "oauth"),
     ),
     "no token: 503 with Retry-After": (
         "token",
         reply(503, headers={"retry-after": "20"}),
-        retried("status 503, no token: no reason given", "token", "oauth")._replace(waited=20.0),
+        retried("HTTP 503 (empty) instead of a token", "token", "oauth")._replace(waited=20.0),
     ),
     "no token: 200 with HTML": (
         "token",
         login_page(),
-        retried("status 200, no token: no reason given", "token", "oauth"),
+        retried("HTTP 200 (text/html) instead of a token", "token", "oauth"),
     ),
     "no token: an empty one": (
         "token",
         json_reply(200, {"access_token": "", "expires_in": 3600}),
-        retried("status 200, no token: no reason given", "token", "oauth"),
+        retried("HTTP 200 (no reason given) instead of a token", "token", "oauth"),
     ),
     "no token: one that is two lines": (
         "token",
         json_reply(200, {"access_token": "a\r\nHost: b", "expires_in": 3600}),
-        retried("status 200, no token: no reason given", "token", "oauth"),
+        retried("HTTP 200 (no reason given) instead of a token", "token", "oauth"),
     ),
     "a token that does not say how long it lasts": (
         "token",
@@ -390,78 +407,205 @@ CASES = {
         Outcome(("oauth", "token", "oauth")),  # the server does not know it
     ),
     # without credentials
-    "anonymous: the block page": ("json", block_page(), Outcome(PAGES)),
-    "anonymous: an empty 403": ("json", reply(403), Outcome(PAGES)),
+    "anonymous: the block page": ("json", block_page(), TAKEN),
+    "anonymous: an empty 403": ("json", reply(403), TAKEN),
     "anonymous: 403 JSON": (
         "json",
         error_reply(403, "Forbidden", reason="quarantined"),
-        final(69, "r/python cannot be read: quarantined (403)"),
+        final(69, "cannot be read: quarantined (403)"),
     ),
     "anonymous: 404 JSON": (
         "json",
         error_reply(404, "Not Found", reason="banned"),
-        final(69, "r/python cannot be read: banned (404)"),
+        final(69, "cannot be read: banned (404)"),
     ),
     "anonymous: 401 JSON": (
         "json",
         error_reply(401, "Unauthorized"),
         final(77, f"Reddit wants credentials (401){CREDENTIALS}"),
     ),
-    "anonymous: 401 HTML": (
-        "json",
-        HTML_401,
-        final(77, f"Reddit wants credentials (401){CREDENTIALS}"),
-    ),
     "anonymous: 429 without advice": ("json", reply(429), again("json", 12.0)),
-    "anonymous: 200 with HTML": (
-        "json",
-        login_page(),
-        retried(f"status 200, no listing: {TEXT}", "json"),
+    **{
+        f"anonymous: {name}": ("json", answer, TAKEN)
+        for name, answer in {
+            "200 with HTML": login_page(),
+            "200 with text": reply(200, "OK", {"content-type": "text/plain"}),
+            "200 with a JSON list": json_reply(200, []),
+            "a feed": reply(200, atom_feed(POSTS, "python", NOW), ATOM),
+            "302 to a login": moved("https://www.reddit.com/login/?dest=%2Fr%2Fpython"),
+            "307 to elsewhere": moved("https://www.reddit.com/", 307),
+            "302 with an empty object": (302, {"location": "/login.json"}, b"{}"),
+            "301 without a body": reply(301, "", {"location": "/account/login"}),
+            "401 HTML": HTML_401,
+            "404 HTML": reply(404, "<html>", HTML),
+            "404 with nothing": reply(404),
+            "410 HTML": reply(410, "<html>", HTML),
+            "the block page in br": encoded(block_page(), "br"),
+            "the block page in zstd": encoded(block_page(), "zstd"),
+            "the block page in rubbish": encoded(block_page(), "gzip"),
+            "an empty 403 in gzip": encoded(reply(403), "gzip"),
+            "an empty 404 in br": encoded(reply(404), "br"),
+        }.items()
+    },
+    **{
+        f"anonymous: {name}": ("json", answer, retried(f"HTTP {came} instead of a listing", "json"))
+        for name, (answer, came) in {
+            "200 with nothing": (reply(200), "200 (empty)"),
+            "200 with nothing in gzip": (encoded(reply(200), "gzip"), "200 (empty)"),
+            "200 that cannot be decoded": (encoded(page_of(), "br"), "200 (empty)"),
+            "200 with an object": (json_reply(200, {"error": 403}), "200 (Forbidden)"),
+            "half a listing": (reply(200, page_of()[2][:30]), "200 (application/json)"),
+            "408 HTML": (reply(408, "<html>", HTML), "408 (text/html)"),
+            "500 HTML": (reply(500, "<html>", HTML), "500 (text/html)"),
+            "503 in br": (encoded(reply(503, "?", HTML), "br"), "503 (empty)"),
+            "410 JSON": (error_reply(410, "Gone"), "410 (Gone)"),
+        }.items()
+    },
+    # bodies in other forms
+    **{
+        f"a listing {name}": ("oauth", answer, Outcome())
+        for name, answer in {
+            "in gzip": gzipped(WHOLE),
+            "in three members": gzipped(WHOLE, 3),
+            "with bytes behind it": gzipped(WHOLE, 1, b"\0" * 9 + b"rubbish"),
+            "with a newline behind it": gzipped(WHOLE, 2, b"\r\n"),
+            "in identity": encoded(WHOLE, "identity"),
+            "in no encoding": encoded(WHOLE, ""),
+            "in capitals": encoded(WHOLE, "GZIP", gzip.compress(WHOLE[2])),
+            "in two encodings": encoded(WHOLE, "identity, gzip", gzip.compress(WHOLE[2])),
+            "in deflate": encoded(WHOLE, "deflate", zlib.compress(WHOLE[2])),
+            "behind a byte-order mark": reply(200, b"\xef\xbb\xbf" + WHOLE[2]),
+            "of another type": reply(200, WHOLE[2], {"content-type": "text/plain"}),
+        }.items()
+    },
+    **{
+        f"429, {name}": ("oauth", encoded(answer, encoding), again("oauth", 6.0))
+        for encoding in ("gzip", "br", "zstd", "identity", "deflate", "compress")
+        for name, answer in {
+            f"nothing in {encoding}": reply(429, "", {"retry-after": "6"}),
+            f"rubbish in {encoding}": reply(429, b"\x1f\x8b\0rubbish", {"retry-after": "6"}),
+        }.items()
+    },
+    "403 JSON in gzip": (
+        "oauth",
+        gzipped(error_reply(403, "Forbidden", reason="private")),
+        final(69, "cannot be read: private (403)"),
     ),
-    "anonymous: a feed": (
-        "json",
-        reply(200, atom_feed(POSTS, "python", NOW), ATOM),
-        retried("status 200, no listing: application/atom+xml; charset=UTF-8", "json"),
+    "403 in zstd": ("oauth", encoded(reply(403, "?"), "zstd"), final(77, BLOCKED)),
+    "no token: 429 in gzip": (
+        "token",
+        encoded(reply(429, "", {"retry-after": "6"}), "gzip"),
+        Outcome(("token", "oauth"), 6.0),
+    ),
+    "no token: 401 in br": (
+        "token",
+        encoded(reply(401), "br"),
+        final(77, f"Reddit refuses the credentials (401){CREDENTIALS}"),
+    ),
+    # what answers say of themselves
+    "403 with the error's number alone": (
+        "oauth",
+        json_reply(403, {"error": 403}),
+        final(69, "cannot be read: Forbidden (403)"),
+    ),
+    "200 with an error that has no name": (
+        "oauth",
+        json_reply(200, {"error": 520}),
+        retried("HTTP 200 (error 520) instead of a listing", "oauth"),
+    ),
+    "403 with what is no word": (
+        "oauth",
+        json_reply(403, {"reason": "x" * 21, "message": ["a"], "error": "a1b2c3"}),
+        final(69, "cannot be read: no reason given (403)"),
+    ),
+    "302 to a path that is no name": (
+        "oauth",
+        moved("/" + "x" * 22),
+        retried("HTTP 302 (redirect to another page) instead of a listing", "oauth"),
+    ),
+    "a type that is none": (
+        "oauth",
+        reply(200, "?", {"content-type": "a-s3cret"}),
+        retried("HTTP 200 (of unknown type) instead of a listing", "oauth"),
+    ),
+    "no token: a description": (
+        "token",
+        json_reply(400, {"error": "invalid_grant", "error_description": "The app is unknown."}),
+        final(
+            77, f"Reddit refuses the credentials (invalid_grant: The app is unknown.){CREDENTIALS}"
+        ),
+    ),
+    "no token: 503 with a description": (
+        "token",
+        json_reply(503, {"error": "server_error", "error_description": "Try later (busy)."}),
+        retried("HTTP 503 (server_error: Try later (busy).) instead of a token", "token", "oauth"),
+    ),
+    "no token: 302 to a login": (
+        "token",
+        moved("/login/"),
+        retried("HTTP 302 (redirect to /login/) instead of a token", "token", "oauth"),
+    ),
+    "no token: an empty 200": (
+        "token",
+        encoded(reply(200), "gzip"),
+        retried("HTTP 200 (empty) instead of a token", "token", "oauth"),
     ),
     # the feed
     "the feed": (
         "feed",
         reply(200, atom_feed(POSTS[::-1], "python", NOW), ATOM),
-        Outcome(PAGES[1:]),
+        Outcome(),
     ),
-    "the feed: the block page": ("feed", block_page(), final(77, BLOCKED)),
+    "the feed: the block page": ("feed", block_page(), final(77, FEED_BLOCKED)),
     "the feed: 302 to the search": (
         "feed",
-        elsewhere("https://www.reddit.com/subreddits/search.rss?q=pyhton"),
-        final(69, "r/python does not exist"),
+        moved("https://www.reddit.com/subreddits/search.rss?q=pyhton"),
+        final(69, "does not exist"),
+    ),
+    "the feed: 404 HTML": ("feed", reply(404, "<html>", HTML), final(69, NOT_THERE)),
+    "the feed: 404 with nothing": ("feed", reply(404), final(69, NOT_THERE)),
+    "the feed: 403 with nothing": ("feed", reply(403), final(77, FEED_BLOCKED)),
+    "the feed: 401 HTML": (
+        "feed",
+        HTML_401,
+        final(77, f"Reddit wants credentials (401){CREDENTIALS}"),
+    ),
+    "the feed: a login page": (
+        "feed",
+        login_page(),
+        retried("HTTP 200 (text/html) instead of a listing", "feed"),
     ),
     "the feed: 404 JSON": (
         "feed",
         error_reply(404, "Not Found", reason="banned"),
-        final(69, "r/python cannot be read: banned (404)"),
+        final(69, "cannot be read: banned (404)"),
     ),
-    "the feed: 429 with Retry-After": ("feed", too_many(retry_after="60"), Outcome(PAGES, 60.0)),
-    "the feed: 429 without advice": ("feed", reply(429), Outcome(PAGES, 12.0)),
+    "the feed: 429 with Retry-After": (
+        "feed",
+        too_many(retry_after="60"),
+        Outcome(("feed",), 60.0),
+    ),
+    "the feed: 429 without advice": ("feed", reply(429), Outcome(("feed",), 12.0)),
     "the feed: with a DOCTYPE": (
         "feed",
         reply(200, DOCTYPE + atom_feed(POSTS, "python", NOW).decode().partition("?>")[2], ATOM),
-        retried("status 200, no listing: application/atom+xml; charset=UTF-8", *PAGES),
+        retried("HTTP 200 (application/atom+xml) instead of a listing", "feed"),
     ),
     "the feed: half of it": (
         "feed",
         reply(200, atom_feed(POSTS, "python", NOW)[:999], ATOM),
-        retried("status 200, no listing: application/atom+xml; charset=UTF-8", *PAGES),
+        retried("HTTP 200 (application/atom+xml) instead of a listing", "feed"),
     ),
     "the feed: another XML": (
         "feed",
         reply(200, "<rss><channel/></rss>", {"content-type": "text/xml"}),
-        retried("status 200, no listing: text/xml", *PAGES),
+        retried("HTTP 200 (text/xml) instead of a listing", "feed"),
     ),
-    "the feed: a listing": ("feed", page_of(), retried(NO_LISTING, *PAGES)),
+    "the feed: a listing": ("feed", page_of(), retried(NO_LISTING, "feed")),
     "the feed: 200 with nothing": (
         "feed",
         reply(200),
-        retried("status 200, no listing: nothing", *PAGES),
+        retried("HTTP 200 (empty) instead of a listing", "feed"),
     ),
 }
 # what the connection does, and what is said of it
@@ -469,9 +613,8 @@ FAULTS = {
     "closed without a word": (REFUSE, "connection error"),
     "reset": (RESET, "Connection reset by peer"),
     "cut short": (TRUNCATE, "protocol error"),
-    "wrongly gzipped": (wrong_gzip(), "a wrongly compressed answer"),
-    "a body of 1 GB": (GIANT, "an answer of more than 16 MiB"),
-    "a small body that unpacks to 64 MiB": (gzip_bomb(64), "an answer of more than 16 MiB"),
+    "a body of 1 GB": (GIANT, "response larger than 16 MiB"),
+    "a small body that unpacks to 64 MiB": (gzip_bomb(64), "response larger than 16 MiB"),
 }
 ON = {"token": "access_token", "oauth": "/new", "json": ".json", "feed": ".rss"}
 
@@ -503,17 +646,20 @@ def first_batch(world, access, **options):
     return next(stream(reddit, ["python"], Nothing(), chance=lambda: 0.0, **options))
 
 
-def outcome(world, source, caplog, **options):
-    """Follow r/python until posts or the end come; tell all that was seen of it."""
-    access = access_to(world, source)
+def outcome(world, source):
+    """Ask for r/python until posts or the end come; tell all that was seen of it."""
+    reddit = Reddit(access_to(world, source), http_fetch(), world.clock)
     posts, end, said = [], 0, []
     began = world.clock.time()
-    with caplog.at_level(logging.WARNING, "redpipe"):
+    while not (posts or end):
+        world.clock.sleep(reddit.wait_for(1))
         try:
-            posts = first_batch(world, access, **options).posts
+            posts = reddit.page("python").posts
+        except AskAgain:
+            pass
         except RedpipeError as exc:
-            end, said = exc.exit_status, [str(exc)]
-    said = [record.getMessage() for record in caplog.records] + said
+            said.append(str(exc))
+            end = exc.exit_status if isinstance(exc, (Gone, Refused)) else 0
     asked = [source_of(seen.path) for seen in world.log]
     after = tuple(asked[asked.index(source) + 1 :])
     waited = round(world.clock.time() - began, 3)
@@ -521,17 +667,19 @@ def outcome(world, source, caplog, **options):
 
 
 @pytest.mark.parametrize(("source", "answer", "expected"), CASES.values(), ids=CASES)
-def test_every_answer_has_its_consequence(source, answer, expected, world, caplog):
+def test_every_answer_has_its_consequence(source, answer, expected, world):
     world.script(answer, on=ON[source])
-    assert outcome(world, source, caplog) == expected
+    assert outcome(world, source) == expected
 
 
 @pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("source", ["token", "oauth", "json", "feed"])
-def test_a_connection_that_fails_is_tried_again(source, fault, sentence, world, caplog):
-    world.script(fault, on=ON[source])
-    asked = {"token": ("token", "oauth"), "feed": PAGES}.get(source, (source,))
-    assert outcome(world, source, caplog) == retried(sentence, *asked)
+def test_a_connection_that_fails_is_tried_again(source, fault, sentence, world):
+    # A used connection that was dropped is tried once more at once, in silence.
+    again = source in {"oauth", "feed"} and fault in (REFUSE, RESET)
+    world.script(*[fault] * (2 if again else 1), on=ON[source])
+    asked = ("token", "oauth") if source == "token" else (source,) * (2 if again else 1)
+    assert outcome(world, source) == retried(sentence, *asked)
 
 
 def test_a_refused_connection_is_tried_again(world, caplog):
@@ -539,9 +687,9 @@ def test_a_refused_connection_is_tried_again(world, caplog):
     world.stop()
     reddit = Reddit(access, http_fetch(), world.clock)
     with pytest.raises(Failed, match=r"^Connection refused$"):
-        reddit.page(["python"])
+        reddit.page("python")
     world.start()
-    assert [post["id"] for post in reddit.page(["python"]).posts] == IDS[::-1]
+    assert [post["id"] for post in reddit.page("python").posts] == IDS[::-1]
 
 
 # Answers that are given too slowly, or are too long
@@ -593,16 +741,19 @@ def failure_of(talk, stop):
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 1000"
 REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 1000"
 PACKED = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1000"
-TOO_LONG = "an answer that took more than 30 s"
+ENDLESS = b"\x1f\x8b\x08\x08" + bytes(6) + b"a name without end"
+"""A gzip that unpacks to nothing, however much of it has come."""
+TOO_LONG = "response took longer than 30 s"
 SLOW = {
     "nothing at all": (lambda connection, stop: stop.wait(15), "timeout", 10),
     "a byte a second": (dripping(PLAIN, b" " * 60), TOO_LONG, 30),
-    "a redirect, a byte a second": (dripping(REDIRECT, b" " * 60), TOO_LONG, 30),
+    "a redirect, a byte a second": (dripping(REDIRECT, b" " * 60), "no failure: 302", 30),
     "a gzip, a byte a second": (
         dripping(PACKED, gzip.compress(secrets.token_bytes(999))),
         TOO_LONG,
         30,
     ),
+    "a gzip of nothing, a byte a second": (dripping(PACKED, ENDLESS + b"a" * 60), TOO_LONG, 30),
 }
 
 
@@ -624,44 +775,145 @@ def test_a_redirect_with_a_body_of_1_gb_is_not_read_to_its_end():
         while sent < 1_000_000_000:
             sent += connection.send(b" " * 1_000_000)
 
-    assert failure_of(talk, threading.Event())[0] == "an answer of more than 16 MiB"
+    assert failure_of(talk, threading.Event())[0] == "no failure: 302"
     assert sent < 50_000_000
+
+
+def test_a_gzip_of_nothing_without_end_is_not_read_to_its_end():
+    def talk(connection, stop):
+        connection.sendall(PACKED.replace(b"1000", b"1000000000") + b"\r\n\r\n" + ENDLESS)
+        while True:
+            connection.send(b"a" * 1_000_000)
+
+    assert failure_of(talk, threading.Event())[0] == "response larger than 16 MiB"
+
+
+@pytest.mark.timeout(60)
+def test_very_many_gzip_members_of_nothing_take_a_second():
+    assert decoded(gzip.compress(b"") * 150_000, "gzip") == b""
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"Content-Length: 100", b"abc"),
+        (b"Transfer-Encoding: chunked", b"64\r\nabc"),
+        (b"Transfer-Encoding: chunked", b"no length\r\n"),
+        (b"Content-Encoding: gzip\r\nContent-Length: 100", b"\x1f\x8b"),
+        (b"Content-Length: 20000000", b" " * 20_000_000),
+        (b"Content-Encoding: gzip\r\nConnection: close", gzip.compress(b" " * 20_000_000)),
+    ],
+)
+def test_status_and_headers_count_if_the_body_beside_an_error_is_no_good(head, body):
+    def talk(connection, stop):
+        connection.sendall(b"HTTP/1.1 429 No\r\nRetry-After: 6\r\n" + head + b"\r\n\r\n" + body)
+
+    with raw_server(talk, threading.Event()) as url:
+        status, headers, body = http_fetch()(Request("GET", url, {}, {}))
+    assert (status, headers["retry-after"], body) == (429, "6", b"")
+
+
+# Connections that were used before
+
+
+def ports(world):
+    """Give a fetch on the world's clock, and the ports that it asked from."""
+    seen = []
+    handle = world.handle
+
+    def noted(*request):
+        seen.append(next(iter(world._server.connections)).getpeername()[1])
+        return handle(*request)
+
+    world.handle = noted
+    return http_fetch(world.clock), seen
+
+
+def listing_of(world):
+    return Request("GET", f"{world.url}/r/python/new/.json", {"raw_json": "1"}, {})
+
+
+@pytest.mark.parametrize(("idle", "connections"), [(0, 1), (49, 1), (50, 2), (3600, 2)])
+def test_a_connection_that_was_idle_for_50_seconds_is_not_used_again(idle, connections, world):
+    fetch, asked_from = ports(world)
+    fetch(listing_of(world))
+    world.clock.sleep(idle)
+    assert fetch(listing_of(world)).status == 200
+    assert len(asked_from) == 2
+    assert len(set(asked_from)) == connections
+
+
+def test_a_connection_that_was_dropped_meanwhile_costs_no_failure(world):
+    world.idle_limit = 30
+    fetch = http_fetch(world.clock)
+    for _ in range(3):
+        assert fetch(listing_of(world)).status == 200
+        world.clock.sleep(40)
+    assert len(world.log) == 3
+
+
+@pytest.mark.parametrize("fault", [RESET, REFUSE])
+def test_a_used_connection_that_fails_is_tried_once_more_and_no_oftener(fault, world, caplog):
+    fetch = http_fetch(world.clock)
+    fetch(listing_of(world))
+    world.script(fault)
+    with caplog.at_level(logging.DEBUG, "redpipe"):
+        assert fetch(listing_of(world)).status == 200
+    assert caplog.records == []
+    world.script(fault, fault)
+    with pytest.raises(Failed):
+        fetch(listing_of(world))
+    assert [seen.status for seen in world.log] == [200, 0, 200, 0, 0]
+
+
+@pytest.mark.parametrize("fault", [RESET, REFUSE])
+def test_a_new_connection_that_fails_is_a_failure(fault, world):
+    world.script(fault)
+    with pytest.raises(Failed):
+        http_fetch(world.clock)(listing_of(world))
+    assert len(world.log) == 1
+
+
+@pytest.mark.parametrize("fault", [TRUNCATE, GIANT])
+def test_a_used_connection_that_fails_otherwise_is_a_failure(fault, world):
+    fetch = http_fetch(world.clock)
+    fetch(listing_of(world))
+    world.script(fault)
+    with pytest.raises(Failed):
+        fetch(listing_of(world))
+    assert len(world.log) == 2
 
 
 # The table
 
 
 SOURCES = {"token": "grant"}
-ANSWERS = {name: (source, Answer(*answer)) for name, (source, answer, _) in CASES.items()}
-KINDS = {
-    name: (answer.status, read_answer(answer, SOURCES.get(source, source), NOW)[0], source)
-    for name, (source, answer) in ANSWERS.items()
-}
 
 
-def first_fit(rules, status, body, source):
+def kind(source, answer):
+    """Give what RULES are asked with."""
+    answer, source = Answer(*answer), SOURCES.get(source, source)
+    value = read_value(answer.body, source, NOW)
+    return answer.status, kind_of(answer, source, value), source
+
+
+KINDS = {name: kind(source, answer) for name, (source, answer, _) in CASES.items()}
+
+
+def first_fit(rules, answer):
     """Give what the first row that fits says; None matches everything."""
-    answer = (status, body, SOURCES.get(source, source))
     for rule in rules:
         if all(want in (None, got) for want, got in zip(rule, answer, strict=False)):
-            return rule.consequence, rule.sentence
+            return rule[3:]
     return None
 
 
 @pytest.mark.parametrize(
-    "row", range(len(RULES)), ids=lambda row: "-".join(map(str, RULES[row][:4]))
+    "row", range(len(RULES)), ids=lambda row: "-".join(map(str, RULES[row][:3]))
 )
 def test_without_any_row_of_the_table_some_answer_has_another_consequence(row):
     shorter = RULES[:row] + RULES[row + 1 :]
-    assert [
-        name for name in KINDS if first_fit(shorter, *KINDS[name]) != first_fit(RULES, *KINDS[name])
-    ]
-
-
-def test_the_first_row_that_fits_an_answer_counts():
-    for status, body, source in KINDS.values():
-        rule = rule_for(status, body, SOURCES.get(source, source))
-        assert (rule.consequence, rule.sentence) == first_fit(RULES, status, body, source)
+    assert [name for name in KINDS if first_fit(shorter, KINDS[name]) != rule_for(*KINDS[name])[3:]]
 
 
 # Final answers
@@ -671,9 +923,7 @@ FINAL = {name: case for name, case in CASES.items() if case[2].end in {69, 77}}
 
 
 @pytest.mark.parametrize(("source", "answer", "expected"), FINAL.values(), ids=FINAL)
-def test_what_is_final_at_first_is_retried_after_a_good_answer(
-    source, answer, expected, world, caplog
-):
+def test_what_is_final_at_first_is_retried_after_a_good_answer(source, answer, expected, world):
     reddit = Reddit(access_to(world, source), http_fetch(), world.clock)
     batches = stream(reddit, ["python"], Nothing(), chance=lambda: 0.0)
     assert len(next(batches).posts) == 3
@@ -681,21 +931,14 @@ def test_what_is_final_at_first_is_retried_after_a_good_answer(
         world.revoke_tokens()
     world.script(answer, answer, answer, on=ON[source])
     world.add(make_post(3, NOW + 9))
-    with caplog.at_level(logging.WARNING, "redpipe"):
-        assert len(next(batches).posts) == 4
-    said = [record.getMessage() for record in caplog.records]
-    if expected.end == 69:
-        trouble = f"{expected.said[0]}; asking again from time to time"
-        assert said == [trouble, "r/python can be read again"]
-    else:
-        assert said == [f"{expected.said[0]}; trying again", "Reddit answers again"]
+    assert len(next(batches).posts) == 4
 
 
-def test_a_second_401_in_a_row_is_final(world, caplog):
+def test_a_second_401_in_a_row_is_final(world):
     world.script(error_reply(401, "Unauthorized"), HTML_401)
     sentence = f"Reddit refuses the token (401){CREDENTIALS}"
     expected = final(77, sentence)._replace(asked=("token", "oauth"))
-    assert outcome(world, "oauth", caplog) == expected
+    assert outcome(world, "oauth") == expected
 
 
 def test_two_401s_that_are_not_in_a_row_are_two_renewals(world):
@@ -877,10 +1120,6 @@ def test_an_entry_without_any_field_but_its_id_is_stored(world, tmp_path):
 # The built file
 
 
-def too_long_a_name(fake):
-    fake.longest_target = 10
-
-
 ENDS = {
     "private": (
         lambda fake: fake.refuse("python"),
@@ -893,9 +1132,8 @@ ENDS = {
     "mistyped": (lambda fake: None, (69, "", "redpipe: r/python does not exist\n")),
     "blocked": (
         lambda fake: fake.script(block_page(), block_page()),
-        (77, "", f"redpipe: {BLOCKED}\n"),
+        (77, "", f"redpipe: {FEED_BLOCKED}\n"),
     ),
-    "414": (too_long_a_name, (64, "", "redpipe: too many names for one listing (414)\n")),
     "no budget": (
         lambda fake: fake.script(too_many(retry_after="900")),
         (75, "", "redpipe: Reddit's budget is used up for 900 s more\n"),
@@ -954,40 +1192,44 @@ def verdict(answer, source, clock):
     }
     access = Access("", "id", "secret") if source in {"token", "oauth"} else Access()
     reddit = Reddit(access, lambda request: usual[source_of(request.url)], clock)
-    with contextlib.suppress(RedpipeError):  # the block page, the first 401
-        reddit.page(["python"])
-    try:
-        reddit.page(["python"])
-    except RedpipeError as exc:
-        return type(exc).__name__
-    return "good"
+    for _ in range(1 if source == "json" else 2):  # the block page or the first 401 comes first
+        try:
+            reddit.page("python")
+        except RedpipeError as exc:
+            said = next(k for k in (Gone, Refused, AskAgain, Failed) if isinstance(exc, k)).__name__
+        else:
+            said = "good"
+    return said
 
 
-@pytest.mark.parametrize("source", ["oauth", "json", "feed"])
+COMMON = {
+    ("AskAgain", 429): 2,
+    ("Failed", 200): 62,  # what other requests were answered with, and tokens
+    ("Failed", 400): 33,
+    ("Failed", 409): 3,
+    ("Failed", 500): 2,
+    ("Failed", 502): 1,
+    ("Failed", 503): 2,
+    ("Failed", 504): 1,
+    ("Failed", 520): 1,
+    ("Failed", 522): 1,
+    ("Gone", 302): 2,  # to the search
+    ("Gone", 403): 20,
+    ("Gone", 404): 11,
+    ("Gone", 451): 1,
+    ("Refused", 401): 7,
+}
+OF_SOURCE = {
+    source: {(what, 301): 4, (what, 302): 20, (what, 413): 2, (what, 414): 1, ("Failed", 415): 1}
+    for source, what in {"oauth": "Failed", "json": "AskAgain", "feed": "Failed"}.items()
+}
+OF_SOURCE["json"] |= {("Failed", 400): 31, ("AskAgain", 400): 2}  # those two are no JSON
+
+
+@pytest.mark.parametrize("source", OF_SOURCE)
 def test_every_recorded_error_has_a_sensible_consequence(source, recorded, clock):
     counted = Counter((verdict(answer, source, clock), answer.status) for _, answer in recorded)
-    assert counted == {
-        ("AskAgain", 429): 2,
-        ("BadUsage", 414): 1,
-        ("Failed", 200): 62,  # what other requests were answered with, and tokens
-        ("Failed", 301): 4,
-        ("Failed", 302): 20,
-        ("Failed", 400): 33,
-        ("Failed", 409): 3,
-        ("Failed", 413): 2,
-        ("Failed", 415): 1,
-        ("Failed", 451): 1,
-        ("Failed", 500): 2,
-        ("Failed", 502): 1,
-        ("Failed", 503): 2,
-        ("Failed", 504): 1,
-        ("Failed", 520): 1,
-        ("Failed", 522): 1,
-        ("Gone", 302): 2,  # to the search
-        ("Gone", 403): 20,
-        ("Gone", 404): 11,
-        ("Refused", 401): 7,
-    }
+    assert counted == {**COMMON, **OF_SOURCE[source]}
 
 
 def test_every_recorded_answer_to_a_request_for_a_token_is_understood(recorded, clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
@@ -75,8 +76,9 @@ def ask_token(reddit, user="app-id", password="app-secret", **form):
     fetch = fetch_from(reddit, reddit.clock, latency=0)
     form = form or {"grant_type": "client_credentials"}
     url = "http://reddit.invalid/api/v1/access_token"
-    request = pipeline.Request("POST", url, {}, {"User-Agent": "test"}, form, (user, password))
-    return fetch(request)
+    basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+    headers = {"User-Agent": "test", "Authorization": f"Basic {basic}"}
+    return fetch(pipeline.Request("POST", url, {}, headers, form))
 
 
 def bearer(reddit):

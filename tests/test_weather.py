@@ -21,6 +21,7 @@ import pytest
 from test_pacing import forbidden_until
 
 from fake_reddit import (
+    ATOM,
     DRIP,
     GIANT,
     HANG,
@@ -31,11 +32,15 @@ from fake_reddit import (
     Budget,
     FakeReddit,
     Fault,
+    atom_feed,
     block_page,
+    encoded,
     error_reply,
+    gzipped,
     json_reply,
     login_page,
     make_post,
+    moved,
     reply,
     wrong_gzip,
 )
@@ -64,6 +69,22 @@ def too_many(body=b'{"message": "Too Many Requests", "error": 429}', **headers):
 
 def used_up(reset):
     return {"x_ratelimit_remaining": "0", "x_ratelimit_reset": reset}
+
+
+OF_COMMENTS = atom_feed([make_post(1, START)], "python", START).replace(b"t3_", b"t1_")
+HARMLESS = {
+    "in members": lambda answer: gzipped(answer, 3),
+    "with bytes behind": lambda answer: gzipped(answer, 1, b"\0rubbish"),
+    "in identity": lambda answer: encoded(answer, "identity"),
+    "behind a mark": lambda answer: (*answer[:2], b"\xef\xbb\xbf" + answer[2]),
+    "spoilt": lambda answer: (*answer[:2], b"\n " + spoilt(answer[2])),
+}
+"""What changes nothing of an answer's meaning."""
+
+
+def spoilt(body):
+    """Put what no XML may hold into the texts of a feed, which are not kept."""
+    return body.replace(b"Nobody", b"\x1b \xff & &nbsp; &#0; <!DOCTYPE> <b>")
 
 
 WEATHER = {
@@ -106,7 +127,18 @@ WEATHER = {
     "empty": lambda now: json_reply(
         200, {"kind": "Listing", "data": {"after": None, "children": []}}
     ),
+    "others": lambda now: reply(200, OF_COMMENTS, ATOM),
     "gzip": lambda now: wrong_gzip(),
+    "br": lambda now: encoded(reply(200, "?"), "br"),
+    "429 gzip": lambda now: too_many(b"", retry_after="6", content_encoding="gzip"),
+    "429 rubbish": lambda now: too_many(b"?", retry_after="6", content_encoding="deflate"),
+    "403 br": lambda now: encoded(block_page(), "br"),
+    "403 empty": lambda now: encoded(reply(403), "gzip"),
+    "404 empty": lambda now: encoded(reply(404), "zstd"),
+    "410": lambda now: reply(410, "<html>", HTML),
+    "to the login": lambda now: moved("https://www.reddit.com/login/?dest=x"),
+    "to the login, JSON": lambda now: (302, {"location": "/login.json"}, b"{}"),
+    "another's DOCTYPE": lambda now: reply(200, b"<!DOCTYPE feed []>" + OF_COMMENTS, ATOM),
     "refuse": lambda now: REFUSE,
     "reset": lambda now: RESET,
     "truncate": lambda now: TRUNCATE,
@@ -139,6 +171,7 @@ class Sky:
         self.kinds = sorted(kinds)
         self.share = 0.0
         self.seen = Counter()
+        self.disguised = Counter()
         self.injected = []
 
     def __call__(self, method, path, query):
@@ -150,6 +183,14 @@ class Sky:
         if not isinstance(answer, Fault) and answer[0] == 429:
             self.injected.append(self.clock.time())
         return answer
+
+    def disguise(self, answer):
+        """Give a good answer in another form."""
+        if answer[0] != 200 or self.dice.random() >= self.share:
+            return answer
+        kind = self.dice.choice(sorted(HARMLESS))
+        self.disguised[kind] += 1
+        return HARMLESS[kind](answer)
 
 
 def guarded(fetch, clock):
@@ -190,6 +231,8 @@ def follow(path, seed, requests, *, until=0.0, source="oauth", kinds=WEATHER, re
     world.budgets["oauth"] = Budget(20, phase=200)
     world.grow(RATE[source], ["python"], 1.0, start=START - 3600, seed=seed)
     world.faults = sky = Sky(seed, clock, kinds)
+    respond = world.respond
+    world.respond = lambda *request: sky.disguise(respond(*request))
     fetch = http_fetch() if real else fetch_from(world, clock)
     access = Access(world.start().url if real else "", *CREDENTIALS[source])
     reddit = Reddit(access, guarded(fetch, clock), clock)
@@ -225,7 +268,8 @@ def compare(tmp_path, caplog, requests, **how):
     hours = (stormy.ended - START) / 3600
     figures = (
         f"{len(stormy.log)} requests in {hours:.1f} h, {stormy.sky.seen.total()} of them faulty"
-        f" ({len(stormy.sky.seen)} kinds), {len(own_429s(stormy))} own 429s,"
+        f" ({len(stormy.sky.seen)} kinds), {stormy.sky.disguised.total()} disguised,"
+        f" {len(own_429s(stormy))} own 429s,"
         f" {len(stormy.rows)} rows, {len(said)} messages"
     )
     print(figures)
@@ -265,6 +309,7 @@ def test_a_storm_of_300_requests_changes_nothing(source, tmp_path, caplog):
 def test_a_storm_of_10_000_requests_changes_nothing(source, tmp_path, caplog):
     stormy = compare(tmp_path, caplog, 10_000, source=source)
     assert stormy.sky.seen.keys() == WEATHER.keys()
+    assert stormy.sky.disguised.keys() == HARMLESS.keys()
 
 
 def test_a_storm_over_a_real_connection_changes_nothing(tmp_path, caplog):
@@ -325,8 +370,8 @@ class Known:
     def __init__(self, clock):
         self.clock = clock
 
-    def cursors(self, names):
-        return {name: Cursor(START - 60, START - 60, int(self.clock.time())) for name in names}
+    def cursor(self, name):
+        return Cursor(name, START - 60, START - 60, int(self.clock.time()))
 
     def unstored(self, posts):
         return []

@@ -7,13 +7,11 @@ source = pipeline.Reddit(access, fetch_from(reddit, clock), clock)
 
 from __future__ import annotations
 
-import base64
-import gzip
 from collections.abc import Callable
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import pipeline
-from fake_reddit import FakeReddit, Fault, Reply
+from fake_reddit import FakeReddit, Fault
 
 LIMITS = {"hang": 10.0, "drip": 30.0, "giant": 2.0}
 """How long, in seconds, a client waits for an answer that never comes to its end."""
@@ -70,7 +68,9 @@ def fetch_from(
         if isinstance(answer, Fault):
             clock.advance(min(answer.seconds, LIMITS.get(answer.kind, 0.0)))
             raise pipeline.Failed(f"invented fault: {answer.kind}")
-        return pipeline.Answer(*unpacked(answer))
+        status, headers, body = answer
+        encoding = headers.get("content-encoding", "")
+        return pipeline.Answer(status, headers, pipeline.decoded(body, encoding))
 
     return fetch
 
@@ -80,19 +80,5 @@ def as_http(request: pipeline.Request) -> tuple[str, str, dict[str, str], dict[s
     target = urlsplit(request.url)
     query = dict(parse_qsl(target.query, keep_blank_values=True)) | dict(request.params or {})
     headers = {name.lower(): value for name, value in request.headers.items()}
-    if request.auth is not None:
-        basic = base64.b64encode(":".join(request.auth).encode()).decode()
-        headers["authorization"] = f"Basic {basic}"
     body = urlencode(request.data or {}).encode()
     return request.method, unquote(target.path), query, headers, body
-
-
-def unpacked(answer: Reply) -> Reply:
-    """Decode a compressed body as an HTTP client does."""
-    status, headers, body = answer
-    if headers.get("content-encoding") == "gzip":
-        try:
-            body = gzip.decompress(body)
-        except OSError as exc:
-            raise pipeline.Failed("invented fault: wrong gzip") from exc
-    return status, headers, body
