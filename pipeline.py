@@ -28,18 +28,17 @@ import random
 import re
 import select
 import sqlite3
-import stat
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 Post = dict[str, Any]
 """One post with Reddit's own keys; `id` is always there and usable."""
@@ -1830,27 +1829,31 @@ def transform(post: Post, fields: Sequence[Field] = ()) -> Row:
 
 APPLICATION_ID = 0x72647069  # "rdpi", so that `file` and we know our databases
 USER_VERSION = 1
+RESTORED = (
+    "has lost its application_id, as a restored .dump has; to bring it back:"
+    f" sqlite3 FILE 'PRAGMA application_id = {APPLICATION_ID}'"
+)
 
 SCHEMA = """
-CREATE TABLE posts (
+CREATE TABLE IF NOT EXISTS posts (
     id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT,
     author TEXT, author_name TEXT, permalink TEXT, stored_utc INTEGER
 );
-CREATE INDEX posts_created_utc ON posts (created_utc);
-CREATE TABLE cursors (
+CREATE INDEX IF NOT EXISTS posts_created_utc ON posts (created_utc);
+CREATE TABLE IF NOT EXISTS cursors (
     subreddit TEXT PRIMARY KEY NOT NULL, since_utc INTEGER, newest_utc INTEGER, polled_utc INTEGER
 );
-CREATE TABLE gaps (
+CREATE TABLE IF NOT EXISTS gaps (
     subreddit TEXT, after_utc INTEGER, before_utc INTEGER, noticed_utc INTEGER
 );
-CREATE VIEW recent_posts AS
+CREATE VIEW IF NOT EXISTS recent_posts AS
     SELECT strftime('%Y-%m-%dT%H:%M:%SZ', created_utc, 'unixepoch') AS created, subreddit,
         title, author_name, 'https://www.reddit.com' || permalink AS link
     FROM posts ORDER BY created_utc DESC;
-CREATE VIEW posts_per_hour AS
+CREATE VIEW IF NOT EXISTS posts_per_hour AS
     SELECT strftime('%Y-%m-%dT%H:00:00Z', created_utc, 'unixepoch') AS hour, count(*) AS posts
     FROM posts GROUP BY 1 ORDER BY 1 DESC;
-CREATE VIEW coverage AS
+CREATE VIEW IF NOT EXISTS coverage AS
     SELECT subreddit, strftime('%Y-%m-%dT%H:%M:%SZ', since_utc, 'unixepoch') AS since,
         strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
         strftime('%Y-%m-%dT%H:%M:%SZ', polled_utc, 'unixepoch') AS last_poll,
@@ -1858,12 +1861,11 @@ CREATE VIEW coverage AS
     FROM cursors;
 """
 
-# Two first runs at once cover what lies between them only if they meet.
+# Of two first runs at once, the one that began later says where coverage begins.
 MOVE_CURSOR = """
 INSERT INTO cursors (subreddit, since_utc, newest_utc, polled_utc) VALUES (?, ?, ?, ?)
 ON CONFLICT (subreddit) DO UPDATE SET
-    since_utc = CASE WHEN since_utc <= excluded.newest_utc AND excluded.since_utc <= newest_utc
-        THEN min(since_utc, excluded.since_utc) ELSE max(since_utc, excluded.since_utc) END,
+    since_utc = max(since_utc, excluded.since_utc),
     newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc
 """
 
@@ -1875,28 +1877,31 @@ WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
 """
 
 
-def check_header(path: str) -> None:
-    """Raise NotOurs unless PATH is new, empty, or a database that we may write.
+def check_header(path: str) -> bool:
+    """Return whether PATH is a database of ours; False: it is still to be made.
 
+    Raises NotOurs for all else.
     https://www.sqlite.org/fileformat.html#the_database_header
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise NotOurs(f"{path}: not a regular file")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise NotOurs(f"{path}: no regular file")
         with open(path, "rb") as file:
-            header = file.read(100)
+            header = file.read(2**16)  # the schema, too, if it fits into the first page
     except FileNotFoundError:
-        return
+        return False
     except OSError as exc:
         raise NotOurs(f"{path}: {exc.strerror}") from exc
-    if not header:
-        return
-    if header[:16] != b"SQLite format 3\0":
-        raise NotOurs(f"{path}: no SQLite database; give another path")
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise NotOurs(f"{path}: a database of another program; give another path")
-    if int.from_bytes(header[60:64], "big") > USER_VERSION:
-        raise NotOurs(f"{path}: a database of a newer redpipe; upgrade this one")
+    if header and not header.startswith(b"SQLite format 3\0"):
+        raise NotOurs(f"{path}: not a SQLite database; give another path")
+    owner, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
+    if header and owner != APPLICATION_ID:
+        if not owner and b"CREATE TABLE cursors (" in header:
+            raise NotOurs(f"{path}: {RESTORED}")
+        raise NotOurs(f"{path}: belongs to another program; give another path")
+    if version > USER_VERSION:
+        raise NotOurs(f"{path}: was written by a newer redpipe; upgrade this one")
+    return bool(header)
 
 
 def is_locked(exc: sqlite3.Error) -> bool:
@@ -1904,7 +1909,7 @@ def is_locked(exc: sqlite3.Error) -> bool:
 
 
 class Database:
-    """An open database of ours, the only place where SQLite is spoken to.
+    """An open database of ours; `columns` are those that `load` fills.
 
     Every sqlite3 error is raised as StorageFailed that names the file. `shield` is
     entered once a transaction has its lock, and left when it is committed.
@@ -1921,60 +1926,68 @@ class Database:
         self.clock = clock
         self.shield = shield
         check_header(self.path)
-        self.columns = (*COLUMNS, *(field.column for field in fields))
-        self._connection = self._connect()
+        self._made_here = not os.path.lexists(self.path)
         try:
-            self._prepare()
+            # One second of waiting inside SQLite at most: it hears no signals there.
+            self._connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None)
+            self._file = os.stat(self.path)
+        except (sqlite3.Error, OSError) as exc:
+            raise NotOurs(f"{self.path}: {exc}; check the folder and its permissions") from exc
+        try:
+            self.columns = self._prepare([*COLUMNS, *(field.column for field in fields)])
         except BaseException:
             self._connection.close()
             raise
-        self._identity = self._file_identity()
 
     def __enter__(self) -> Database:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object = None, *error: object) -> None:
         with self.shield():
+            if kind is Gone and self._made_here:
+                self._withdraw()
             self._connection.close()
 
-    def _connect(self) -> sqlite3.Connection:
-        try:
-            # One second of waiting inside SQLite at most: it hears no signals there.
-            connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None)
-        except sqlite3.Error as exc:
-            raise NotOurs(f"{self.path}: {exc}; check the folder and its permissions") from exc
-        return connection
+    def _withdraw(self) -> None:
+        """Remove the file if it holds nothing, and nobody else has it open."""
+        with suppress(sqlite3.Error, OSError, StorageFailed):
+            self.check()
+            self._connection.execute("PRAGMA journal_mode = DELETE")  # fails beside others
+            self._connection.execute("BEGIN EXCLUSIVE")
+            tables = ("posts", "cursors", "gaps")
+            if not any(self.execute(f"SELECT 1 FROM {table} LIMIT 1") for table in tables):
+                os.unlink(self.path)
 
-    def _prepare(self) -> None:
-        """Make the schema, in a new file, and the columns of the fields."""
+    def _prepare(self, wanted: Sequence[str]) -> Sequence[str]:
+        """Make the schema, in a new file, and what columns are missing; return ours.
+
+        A generated column is its maker's: it is left alone.
+        """
         with self.transaction():
             if self.execute("PRAGMA user_version") == [(0,)]:
                 for statement in SCHEMA.split(";\n"):
                     self.execute(statement)
                 self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self.execute(f"PRAGMA user_version = {USER_VERSION}")
-            present = {row[1].lower() for row in self.execute("PRAGMA table_info(posts)")}
-            for column in self.columns:
+            present = {row[1].lower(): row for row in self.execute("PRAGMA table_xinfo(posts)")}
+            for column in wanted:
                 if column.lower() not in present:
                     self.execute(f'ALTER TABLE posts ADD COLUMN "{column}"')
         # After the schema: so the file's own header tells whose it is, at any instant.
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
-
-    def _file_identity(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
+        generated = {name for name, row in present.items() if row[6]}
+        return [column for column in wanted if column.lower() not in generated]
 
     def check(self) -> None:
         """Raise StorageFailed when the file has been deleted or replaced under us."""
-        if self._file_identity() != self._identity:
-            raise StorageFailed(f"{self.path}: deleted or replaced while in use; start again")
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._file):
+                return
+        raise StorageFailed(f"{self.path}: deleted or replaced while in use; start again")
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement and give its rows; wait for locks up to LOCK_PATIENCE."""
+        """Run one statement and return its rows; wait for locks up to LOCK_PATIENCE."""
         ends = self.clock.monotonic() + LOCK_PATIENCE
         while True:
             try:
@@ -1985,7 +1998,7 @@ class Database:
             self.clock.sleep(0.05)
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
-        """Run a statement for each row, inside a transaction; give the rows changed."""
+        """Run a statement for each row, inside a transaction; return how many changed."""
         try:
             return max(0, self._connection.executemany(sql, rows).rowcount)
         except sqlite3.Error as exc:
@@ -2023,22 +2036,17 @@ class Database:
         return {**dict(rows), "all": sum(rate for _, rate in rows)}
 
     def unstored(self, posts: Sequence[Post]) -> list[Post]:
-        """Give the posts that are not stored, or stored without the author they have."""
-        authors: dict[str, str | None] = {}
-        for start in range(0, len(posts), 500):  # SQLite took 999 variables until 3.32
-            ids = [post["id"] for post in posts[start : start + 500]]
-            marks = ", ".join("?" * len(ids))
-            authors.update(self.execute(f"SELECT id, author FROM posts WHERE id IN ({marks})", ids))
+        """Return the posts that are not stored, or stored without the author they have."""
+        known = "SELECT 1 FROM posts WHERE id = ? AND (author IS NOT NULL OR ? IS NULL)"
         return [
             post
             for post in posts
-            if post["id"] not in authors
-            or (authors[post["id"]] is None and text(post.get("author_fullname")))
+            if not self.execute(known, (post["id"], text(post.get("author_fullname"))))
         ]
 
 
 def insert_statement(columns: Sequence[str]) -> str:
-    """Write the statement that stores a row, or fills what is NULL in one stored."""
+    """Return the statement that stores a row, or fills what is NULL in one stored."""
     names = ", ".join(f'"{column}"' for column in (*columns, "stored_utc"))
     marks = ", ".join("?" * (len(columns) + 1))
     others = [column for column in columns if column != "id"]
@@ -2056,7 +2064,7 @@ def load(
     cursors: Sequence[Cursor] = (),
     gaps: Sequence[Gap] = (),
 ) -> int:
-    """Store rows, cursors and gaps in one transaction; give the posts stored or filled.
+    """Store rows, cursors and gaps in one transaction; return the posts stored or filled.
 
     The rows are those that `transform` makes with the database's fields. A post that
     is stored already gains what was NULL, and loses nothing. Raises StorageFailed.
@@ -2071,3 +2079,66 @@ def load(
         database.execute_many(MOVE_CURSOR, cursors)
     log.debug("%d posts stored, %d gaps named", stored, len(gaps))
     return stored
+
+
+class Survey(NamedTuple):
+    """What a database holds; `posts`: how many of a subreddit were created on a day.
+
+    Names are lower case, `all` counts every post; a day is `created_utc // 86400`, and 0
+    for all before the first that was asked for. `size`: the file's, in bytes.
+    """
+
+    cursors: list[Cursor]
+    gaps: list[tuple[str, int, int]]
+    posts: dict[str, Counter[int]]
+    size: int
+
+
+def survey(path: str, first_day: int) -> Survey:
+    """Read what a database holds while others write; changes nothing. Raises NotOurs."""
+    path = os.path.abspath(path)
+    if not check_header(path):
+        raise NotOurs(f"{path}: there is no database")
+    try:
+        with closing(sqlite3.connect(reading_uri(path), timeout=1.0, uri=True)) as connection:
+            connection.executescript("PRAGMA query_only = ON; BEGIN")
+            posts = count_posts(connection, first_day)
+            cursors = [Cursor(*row) for row in connection.execute("SELECT * FROM cursors")]
+            gaps = list(connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps"))
+            return Survey(cursors, gaps, posts, os.path.getsize(path))
+    except (sqlite3.Error, OSError) as exc:
+        raise NotOurs(f"{path}: {exc}") from exc
+
+
+SOME_POSTS = """
+SELECT max(rowid), group_concat(ifnull(subreddit, '') ||
+    iif(created_utc >= ?, char(31) || (created_utc / 86400), ''), char(30))
+FROM (SELECT rowid, subreddit, created_utc FROM posts WHERE rowid > ? ORDER BY rowid LIMIT 10000)
+"""
+
+
+def count_posts(connection: sqlite3.Connection, first_day: int) -> dict[str, Counter[int]]:
+    """Return how many posts of each subreddit, in lower case, were created on each day.
+
+    SQLite would sort all of them, which takes twice the time and hears no signals.
+    """
+    found: Counter[str] = Counter()
+    rowid, keys = connection.execute(SOME_POSTS, (first_day * 86400, -1)).fetchone()
+    while keys is not None:
+        found.update(keys.split("\x1e"))
+        rowid, keys = connection.execute(SOME_POSTS, (first_day * 86400, rowid)).fetchone()
+    posts: dict[str, Counter[int]] = defaultdict(Counter)
+    for key, count in found.items():
+        name, _, day = key.partition("\x1f")
+        for owner in (name.lower(), "all"):
+            posts[owner][int(day) if day.isdecimal() else 0] += count
+    return posts
+
+
+def reading_uri(path: str) -> str:
+    """Return the address to read a file by, also where a WAL cannot be made beside it.
+
+    https://www.sqlite.org/wal.html#read_only_databases
+    """
+    sealed = not (os.access(os.path.dirname(path), os.W_OK) or os.path.exists(f"{path}-wal"))
+    return f"file:{quote(os.fsencode(path))}?" + ("immutable=1" if sealed else "mode=rw")

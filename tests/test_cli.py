@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import logging
 import os
 import pty
@@ -26,9 +25,9 @@ from typing import Any
 import pytest
 
 import pipeline
-from artefact import ROOT, wait_for
+from artefact import wait_for
 from conftest import Done, Redpipe
-from fake_reddit import FakeReddit, json_reply, make_post, reply
+from fake_reddit import HANG, FakeReddit, json_reply, make_post, reply
 from virtual import VirtualClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -38,17 +37,6 @@ Main = Callable[..., Done]
 
 # Without credentials polls are six seconds apart at first.
 APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
-
-
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    """Load __main__.py under another name."""
-    spec = importlib.util.spec_from_file_location("redpipe_main", ROOT / "__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextmanager
@@ -178,9 +166,6 @@ def test_a_bad_name_is_a_usage_error_of_one_line(main, database, name):
         ["--interval=nan"],
         ["--interval=inf"],
         ["--interval=5", "--interval=6"],
-        ["--from=-", "--once"],
-        ["--from=-", "--interval=25"],
-        ["--quiet", "--verbose"],
         ["-qv"],
         ["--field=two words"],
         ["--field="],
@@ -198,10 +183,49 @@ def test_a_bad_option_is_a_usage_error_of_one_line(main, database, options):
     assert not database.exists()
 
 
-def test_no_argument_at_all_asks_for_a_database_and_names_the_help(main):
-    done = main()
-    assert done.status == 64
-    assert done.err == "redpipe: a database is wanted; see redpipe.pyz --help\n"
+@pytest.mark.parametrize("arguments", [[], ["--once"], ["--status"], ["--from=-"], ["--"]])
+def test_without_a_database_one_is_asked_for(main, arguments):
+    done = main(*arguments)
+    assert done == (64, "", "redpipe: missing <database>; see redpipe.pyz --help\n")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("--from=-", "--once"),
+        ("--from=-", "--status"),
+        ("--from=-", "--interval=25"),
+        ("--from=-", "--print"),
+        ("--status", "--once"),
+        ("--status", "--interval=25"),
+        ("--status", "--print"),
+        ("--status", "--field=score"),
+        ("--quiet", "--verbose"),
+    ],
+)
+@pytest.mark.parametrize("rest", [["posts.db"], [], ["--nonsense"], ["python", "posts.db"]])
+def test_options_that_do_not_go_together_are_named_whatever_else_is_wrong(main, one, other, rest):
+    for options in ([one, other], [other, one]):
+        done = main(*options, *rest)
+        assert (done.status, done.out) == (64, "")
+        assert one_line(done.err)
+        assert {one.partition("=")[0], other.partition("=")[0]} < set(done.err.split())
+
+
+@pytest.mark.parametrize("name", ["posts.db", "Posts.SQLITE", "data/posts.sqlite3"])
+@pytest.mark.parametrize("options", [[], ["--status"], ["--from=-"]])
+def test_a_database_after_the_subreddits_is_told_where_it_belongs(main, tmp_path, options, name):
+    done = main(*options, tmp_path / "python", name)
+    said = f"redpipe: {name}: the database comes first, then the subreddits\n"
+    assert done == (64, "", said)
+    assert not (tmp_path / "python").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--", "posts.db", "python"], ["posts.db", "--", "python"]])
+def test_two_dashes_end_the_options(redpipe, fake_reddit, database, arguments):
+    ids = add_posts(fake_reddit, range(3))
+    assert redpipe("--once", *arguments) == (0, "", "")
+    assert stored_ids(database) == sorted(ids)
 
 
 def test_an_unknown_option_is_named(main, database):
@@ -220,9 +244,9 @@ def test_an_empty_file_name_does_not_mean_reddit(main, database):
     assert one_line(done.err)
 
 
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_goes_to_standard_output(redpipe, program, option):
-    assert redpipe(option) == (0, program.USAGE, "")
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["posts.db", "--once", "-h"]])
+def test_help_goes_to_standard_output(redpipe, program, arguments):
+    assert redpipe(*arguments) == (0, program.USAGE, "")
 
 
 def test_the_version_goes_to_standard_output(redpipe, program):
@@ -506,14 +530,14 @@ def make_of_another_program(path: Path) -> None:
 
 
 REFUSED_DATABASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a directory": (Path.mkdir, "no regular file"),
-    "a text": (lambda path: path.write_text("Dear diary,\n" * 100), "no SQLite database"),
-    "a single byte": (lambda path: path.write_bytes(b"\0"), "no SQLite database"),
+    "a directory": (Path.mkdir, "not a regular file"),
+    "a text": (lambda path: path.write_text("Dear diary,\n" * 100), "not a SQLite database"),
+    "a single byte": (lambda path: path.write_bytes(b"\0"), "not a SQLite database"),
     "foreign SQLite": (make_foreign, "another program"),
     "another id": (make_of_another_program, "another program"),
     "a newer version": (make_newer, "a newer redpipe"),
-    "a pipe": (os.mkfifo, "no regular file"),
-    "a device": (lambda path: path.symlink_to("/dev/null"), "no regular file"),
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/null"), "not a regular file"),
 }
 
 
@@ -532,6 +556,65 @@ def test_what_is_not_ours_is_refused_untouched(redpipe, fake_reddit, tmp_path, k
     assert str(folder / "posts.db") in done.err
     assert words in done.err
     assert bytes_of(folder) == before
+
+
+def restored(database: Path) -> None:
+    """Make a database anew from its dump, as `sqlite3 old .dump | sqlite3 new` does."""
+    with closing(sqlite3.connect(database)) as connection:
+        script = "\n".join(connection.iterdump())
+    database.unlink()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(script)
+
+
+def test_a_restored_dump_is_told_the_line_that_brings_it_back(redpipe, fake_reddit, database):
+    ids = add_posts(fake_reddit, range(5))
+    assert redpipe("--field=score", "--once", database, "python") == (0, "", "")
+    restored(database)
+    line = "PRAGMA application_id = 1919185001"
+    for options in (["--once"], ["--status"]):
+        done = redpipe(*options, database, "python")
+        assert done.status == 73
+        assert one_line(done.err)
+        assert f"sqlite3 FILE '{line}'" in done.err
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute(line)
+    ids += add_posts(fake_reddit, range(5, 8))
+    assert redpipe("--once", database, "python") == (0, "", "")
+    assert stored_ids(database) == sorted(ids)
+    assert query(database, "PRAGMA user_version") != [(0,)]
+    assert query(database, "SELECT gaps FROM coverage") == [(0,)]
+
+
+def test_a_new_database_is_not_left_behind_if_its_only_name_does_not_exist(redpipe, tmp_path):
+    assert redpipe("--once", "posts.db", "pyhton").status == 69
+    assert redpipe("posts.db", "pyhton", "ruts").status == 69
+    assert list(tmp_path.glob("posts.db*")) == []
+
+
+@pytest.mark.parametrize("before", ["a file", "a database", "a name", "a post"])
+def test_a_database_that_was_there_or_holds_anything_stays(redpipe, fake_reddit, database, before):
+    names = ["pyhton"]
+    if before == "a file":
+        database.touch()
+    elif before == "a database":
+        pipeline.Database(str(database)).__exit__()
+    else:
+        names.append("python")
+        fake_reddit.create("python")
+        add_posts(fake_reddit, range(1 if before == "a post" else 0))
+    assert redpipe("--once", database, *names).status == 69
+    assert query(database, "SELECT count(*) FROM cursors") == [(len(names) - 1,)]
+
+
+def test_a_database_that_others_have_open_stays(database):
+    ours = pipeline.Database(str(database))
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("SELECT * FROM posts").fetchall()
+        ours.__exit__(pipeline.Gone)
+        other.execute("INSERT INTO posts (id) VALUES ('a1')")
+        other.commit()
+    assert stored_ids(database) == ["a1"]
 
 
 def test_a_missing_folder_is_named(redpipe, tmp_path):
@@ -577,6 +660,9 @@ class Terminal:
         self.master, self.slave = pty.openpty()
         self.shown = b""
 
+    def resize(self, width: int) -> None:
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+
     def screen(self) -> list[str]:
         """Give the lines as they stand on the screen, when all has been written."""
         lines, column = [""], 0
@@ -612,14 +698,18 @@ def terminal() -> Iterator[Terminal]:
 
 
 def start_on(
-    terminal: Terminal, redpipe: Redpipe, *arguments: object, **environment: str
+    terminal: Terminal,
+    redpipe: Redpipe,
+    *arguments: object,
+    stdin: int = subprocess.DEVNULL,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Start redpipe with a terminal for its standard error."""
     process = subprocess.Popen(
         [*redpipe.command, *map(str, arguments)],
         cwd=redpipe.directory,
         env={**redpipe.environment, **environment},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=terminal.slave,
         text=True,
@@ -628,41 +718,131 @@ def start_on(
     return process
 
 
-def test_a_terminal_shows_a_progress_line_that_ends_with_a_newline(redpipe, fake_reddit, terminal):
+FIRST = "redpipe: following r/python from 127.0.0.1 with an app into posts.db; Ctrl-C stops it"
+LINE = (
+    r"redpipe: 150 posts stored, [\d.]+/s, newest (\d+) (s|min) ago,"
+    r" (\w[^,]*), \d+ requests left"
+)
+
+
+def test_a_terminal_shows_first_what_is_done_last_what_was_stored_and_between_a_line(
+    redpipe, fake_reddit, terminal
+):
     add_posts(fake_reddit, range(150))
+    terminal.resize(120)
     process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"150 posts stored" in terminal.read())
     redpipe.stop(process)
-    (line, after) = terminal.screen()
-    assert re.fullmatch(
-        r"redpipe: 150 posts stored, [\d.]+/s, newest [\d,]+ s ago, \d+ requests left", line
-    )
-    assert after == ""
+    (first, line, last, after) = terminal.screen()
+    assert first == FIRST
+    assert re.fullmatch(LINE, line)
+    assert (last, after) == ("redpipe: 150 posts stored, 0 gaps", "")
 
 
-def test_a_message_is_written_above_the_progress_line(redpipe, fake_reddit, terminal):
-    add_posts(fake_reddit, range(3))
+def shown_lines(terminal: Terminal) -> list[str]:
+    """Give every state of the line that was drawn."""
+    drawn = [line.rstrip() for line in re.split(r"[\r\n]+", terminal.read().decode())]
+    return drawn[::2]  # each is drawn over blanks, and once more
+
+
+def test_the_line_lives_while_a_request_hangs(redpipe, fake_reddit, terminal):
+    now = int(time.time())
+    for n in range(3):
+        fake_reddit.add(make_post(n, now - 3 + n))
     process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"3 posts stored" in terminal.read())
-    fake_reddit.script(reply(503))
-    wait_for(lambda: b"answers again" in terminal.read())
+    fake_reddit.script(*[HANG] * 3)
+    wait_for(lambda: f"newest {int(time.time()) - now + 1} s ago" in terminal.read().decode())
+    began = len(shown_lines(terminal))
+    wait_for(lambda: len(shown_lines(terminal)) >= began + 4, 6)
     redpipe.stop(process)
-    lines = terminal.screen()
-    assert lines[:2] == [
-        "redpipe: status 503, no listing: nothing; trying again",
-        "redpipe: Reddit answers again",
+    ages = [
+        int(age[1])
+        for line in shown_lines(terminal)
+        if (age := re.search(r"newest (\d+) s ago", line))
     ]
-    assert lines[2].startswith("redpipe: 3 posts stored, ")
-    assert lines[3:] == [""]
+    assert ages == sorted(ages)
+    assert ages[-1] - ages[0] >= 3
 
 
-def test_a_narrow_terminal_gets_a_short_line(redpipe, fake_reddit, terminal):
+def test_the_line_lives_while_a_pipe_gives_nothing(redpipe, terminal):
+    process = start_on(terminal, redpipe, "--from=-", "posts.db", stdin=subprocess.PIPE)
+    wait_for(lambda: len(shown_lines(terminal)) >= 4, 6)
+    redpipe.stop(process)
+    first, line, last, after = terminal.screen()
+    assert first == "redpipe: reading - into posts.db; Ctrl-C stops it"
+    assert line == "redpipe: 0 posts stored, 0.0/s, reading"
+    assert (last, after) == ("redpipe: 0 posts stored, 0 gaps", "")
+
+
+def test_a_catch_up_is_no_rate_of_posting(redpipe, fake_reddit, terminal):
+    now = int(time.time())
+    for n in range(600):
+        fake_reddit.add(make_post(n, now - 3000 + 5 * n))
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
+    wait_for(lambda: b"600 posts stored" in terminal.read())
+    redpipe.stop(process)
+    assert "redpipe: 600 posts stored, 0.2/s, newest " in terminal.screen()[1]
+
+
+def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(3))
-    fcntl.ioctl(terminal.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
     process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: b"3 posts stored" in terminal.read())
+    fake_reddit.refuse("python", "private")
+    wait_for(lambda: b"r/python" in terminal.read().partition(b"Ctrl-C")[2])
     redpipe.stop(process)
-    assert max(map(len, terminal.screen())) == 29
+    first, message, *line, last, after = terminal.screen()
+    assert first == FIRST
+    assert re.fullmatch(r"redpipe: r/python [^\n]*private[^\n]*", message)
+    assert line[-1].startswith("redpipe: 3 posts stored, ")
+    assert (last, after) == ("redpipe: 3 posts stored, 0 gaps", "")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (12, r"redpipe: 3 "),
+        (30, r"redpipe: 3 posts stored"),
+        (60, r"redpipe: 3 posts stored, \S+, newest \d+ s ago"),
+        (120, r"redpipe: 3 posts stored, \S+, newest \d+ s ago, \w[^,]*, \d+ requests left"),
+    ],
+)
+def test_a_narrow_terminal_gets_as_many_parts_of_the_line_as_fit(
+    redpipe, fake_reddit, terminal, width, shown
+):
+    add_posts(fake_reddit, range(997, 1000))
+    terminal.resize(width)
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
+    wait_for(lambda: re.search(shown, terminal.read().decode()))
+    redpipe.stop(process)
+    assert [line for line in terminal.screen() if re.fullmatch(shown.rstrip(), line)]
+
+
+def test_a_path_with_wide_and_combining_characters_leaves_nothing_of_the_line(
+    redpipe, fake_reddit, terminal, tmp_path
+):
+    add_posts(fake_reddit, range(3))
+    odd = "\u4e2d\u6587e\u0301.db"
+    process = start_on(terminal, redpipe, "--interval=1", odd, "python", **APP)
+    wait_for(lambda: b"3 posts stored" in terminal.read())
+    (tmp_path / odd).rename(tmp_path / "moved.db")
+    assert process.wait(20) == 74
+    last = terminal.screen()[-2]
+    assert last == f"redpipe: {tmp_path / odd}: deleted or replaced while in use; start again"
+
+
+def test_a_terminal_that_takes_nothing_is_not_waited_for(redpipe, fake_reddit, terminal, database):
+    fake_reddit.create("python")
+    process = start_on(terminal, redpipe, "-v", "--interval=1", database, "python", **APP)
+    wait_for(fake_reddit.requests)
+    termios.tcflow(terminal.slave, termios.TCOOFF)  # as Ctrl-S does
+    asked = len(fake_reddit.requests())
+    wait_for(lambda: len(fake_reddit.requests()) >= asked + 2)
+    began = time.monotonic()
+    assert redpipe.stop(process).status == -signal.SIGTERM
+    assert time.monotonic() - began < 2
+    termios.tcflow(terminal.slave, termios.TCOON)
 
 
 def test_a_notice_is_for_terminals(redpipe, fake_reddit, terminal, database):
@@ -670,8 +850,9 @@ def test_a_notice_is_for_terminals(redpipe, fake_reddit, terminal, database):
     fake_reddit.anonymous_json_blocked = True
     process = start_on(terminal, redpipe, "--once", "posts.db", "python")
     assert process.wait(20) == 0
-    notice = "redpipe: Reddit blocks anonymous JSON (403); taking the feed"
-    assert terminal.screen()[0].startswith(notice)
+    first, notice, *_ = terminal.screen()
+    assert first.startswith("redpipe: polling r/python from 127.0.0.1 with no credentials into ")
+    assert notice.startswith("redpipe: Reddit blocks anonymous JSON (403); taking the feed")
     database.unlink()
     assert redpipe("--once", "posts.db", "python") == (0, "", "")
 

@@ -161,12 +161,12 @@ def test_posts_per_hour_counts_by_the_hour_in_utc(database, path):
 
 
 def test_coverage_tells_of_each_name_whether_it_is_complete(database, path):
-    cursors = {
-        "python": Cursor(1700000000, 1700003600, 1700003610),
-        "rust": Cursor(1700000000, 1700000000, 1700003610),
-    }
+    cursors = [
+        Cursor("python", 1700000000, 1700003600, 1700003610),
+        Cursor("rust", 1700000000, 1700000000, 1700003610),
+    ]
     load(database, [], cursors)
-    load(database, [], {}, [Gap("rust", 1, 2, 3, 1700000000), Gap("rust", 4, 5, 6, 1700000000)])
+    load(database, [], [], [Gap("rust", 10, 1700003000, 1), Gap("rust", 20, 1700003600, 2)])
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute("SELECT * FROM coverage ORDER BY subreddit")
         names = [column[0] for column in found.description]
@@ -196,13 +196,6 @@ def test_rows_are_stored_as_they_are(database, path):
 def test_rows_may_come_one_by_one(database, path):
     assert load(database, (row(f"a{n}") for n in range(5))) == 5
     assert query(path, "SELECT count(*) FROM posts") == [(5,)]
-
-
-def test_nothing_to_store_is_nothing_done(database, path):
-    before = query(path, "PRAGMA data_version")
-    assert load(database, []) == 0
-    assert load(database, [], {}, []) == 0
-    assert query(path, "PRAGMA data_version") == before
 
 
 def test_a_stored_post_gains_what_was_null_and_loses_nothing(database, path, clock):
@@ -259,76 +252,83 @@ def test_a_database_of_many_fields_takes_rows_of_few(path):
 # --- cursors and gaps
 
 
+def python(since, newest, polled):
+    return [Cursor("python", since, newest, polled)]
+
+
 def test_a_cursor_is_stored_and_read_back(database):
-    assert database.cursors(["python"]) == {}
-    load(database, [], {"python": Cursor(100, 200, 300), "rust": Cursor(1, 2, 3)})
-    assert database.cursors(["python", "go"]) == {"python": Cursor(100, 200, 300)}
-    assert database.cursors([]) == {}
+    assert database.cursor("python") is None
+    load(database, [], [*python(100, 200, 300), Cursor("rust", 1, 2, 3)])
+    assert database.cursor("python") == ("python", 100, 200, 300)
+    assert database.cursor("rust") == ("rust", 1, 2, 3)
+    assert database.cursor("go") is None
 
 
 def test_a_cursor_never_moves_back(database):
-    load(database, [], {"python": Cursor(100, 200, 300)})
-    load(database, [], {"python": Cursor(150, 190, 310)})
-    assert database.cursors(["python"]) == {"python": Cursor(100, 200, 310)}
-    load(database, [], {"python": Cursor(90, 210, 320)})
-    assert database.cursors(["python"]) == {"python": Cursor(90, 210, 320)}
+    load(database, [], python(100, 200, 300))
+    load(database, [], python(100, 190, 310))
+    assert database.cursor("python") == ("python", 100, 200, 310)
+    load(database, [], python(100, 210, 320))
+    assert database.cursor("python") == ("python", 100, 210, 320)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "together"),
     [
-        ((100, 200), (150, 300), (100, 300)),
-        ((150, 300), (100, 200), (100, 300)),
+        ((100, 200), (150, 300), (150, 300)),
+        ((150, 300), (100, 200), (150, 300)),
         ((100, 200), (201, 300), (201, 300)),
         ((201, 300), (100, 200), (201, 300)),
     ],
 )
-def test_two_first_runs_cover_what_lies_between_them_only_if_they_meet(
+def test_of_two_first_runs_the_one_that_claims_less_says_where_coverage_begins(
     database, first, second, together
 ):
     for cursor in (first, second):
-        load(database, [], {"python": Cursor(*cursor, 400)})
-    assert database.cursors(["python"]) == {"python": Cursor(*together, 400)}
+        load(database, [], python(*cursor, 400))
+    assert database.cursor("python") == ("python", *together, 400)
 
 
-def test_a_gap_is_named_for_the_cursor_it_was_seen_from(database, path):
-    load(database, [], {"python": Cursor(100, 200, 300)})
-    load(database, [], {"python": Cursor(100, 900, 910)}, [Gap("python", 170, 800, 910, 200)])
+GAP = [Gap("python", 30, 800, 910)]
+
+
+def test_a_gap_begins_its_lag_before_the_cursor(database, path):
+    load(database, [], python(100, 200, 300))
+    load(database, [], python(100, 900, 910), GAP)
     assert query(path, "SELECT * FROM gaps") == [("python", 170, 800, 910)]
-    assert database.cursors(["python"]) == {"python": Cursor(100, 900, 910)}
+    assert database.cursor("python") == ("python", 100, 900, 910)
 
 
 def test_a_gap_is_none_when_another_process_has_moved_the_cursor_past_it(database, path):
-    load(database, [], {"python": Cursor(100, 200, 300)})
-    load(database, [], {"python": Cursor(100, 850, 860)})
-    load(database, [], {"python": Cursor(100, 900, 910)}, [Gap("python", 170, 800, 910, 200)])
+    load(database, [], python(100, 200, 300))
+    load(database, [], python(100, 850, 860))
+    load(database, [], python(100, 900, 910), GAP)
     assert query(path, "SELECT * FROM gaps") == []
-    assert database.cursors(["python"]) == {"python": Cursor(100, 900, 910)}
+    assert database.cursor("python") == ("python", 100, 900, 910)
 
 
 def test_a_gap_begins_later_when_another_process_has_moved_the_cursor_on(database, path):
-    load(database, [], {"python": Cursor(100, 200, 300)})
-    load(database, [], {"python": Cursor(100, 400, 410)})
-    load(database, [], {"python": Cursor(100, 900, 910)}, [Gap("python", 170, 800, 910, 200)])
+    load(database, [], python(100, 200, 300))
+    load(database, [], python(100, 400, 410))
+    load(database, [], python(100, 900, 910), GAP)
     assert query(path, "SELECT * FROM gaps") == [("python", 370, 800, 910)]
-    assert database.cursors(["python"]) == {"python": Cursor(100, 900, 910)}
+    assert database.cursor("python") == ("python", 100, 900, 910)
 
 
 def test_a_gap_without_a_cursor_is_not_named(database, path):
-    load(database, [], {}, [Gap("python", 170, 800, 910, 200)])
+    load(database, [], [], GAP)
     assert query(path, "SELECT * FROM gaps") == []
 
 
 def test_a_batch_is_stored_whole_or_not_at_all(database, path):
-    load(database, [], {"python": Cursor(100, 200, 300)})
-    cursors = {"python": Cursor(100, 900, 910)}
-    gaps = [Gap("python", 170, 800, 910, 200)]
+    load(database, [], python(100, 200, 300))
+    cursors = python(100, 900, 910)
     with pytest.raises(StorageFailed):
-        load(database, [row("a1"), row("a2", title=b"\0"), row(None)], cursors, gaps)
+        load(database, [row("a1"), row("a2", title=b"\0"), row(None)], cursors, GAP)
     assert query(path, "SELECT count(*) FROM posts") == [(0,)]
     assert query(path, "SELECT count(*) FROM gaps") == [(0,)]
-    assert database.cursors(["python"]) == {"python": Cursor(100, 200, 300)}
-    assert load(database, [row("a1")], cursors, gaps) == 1
+    assert database.cursor("python") == ("python", 100, 200, 300)
+    assert load(database, [row("a1")], cursors, GAP) == 1
     assert query(path, "SELECT count(*) FROM gaps") == [(1,)]
 
 
@@ -390,7 +390,7 @@ def test_a_file_deleted_under_us_is_noticed(database, path, tmp_path):
     with pytest.raises(StorageFailed, match="deleted or replaced"):
         load(database, [row("a1")])
     with pytest.raises(StorageFailed, match="deleted or replaced"):
-        database.cursors(["python"])
+        database.cursor("python")
 
 
 def test_a_file_replaced_under_us_is_noticed(database, path, tmp_path):

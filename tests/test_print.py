@@ -1,0 +1,277 @@
+"""--print: every new post goes to standard output before it is stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from artefact import wait_for
+from fake_reddit import make_post
+
+pytestmark = pytest.mark.timeout(60)
+
+SOON = 2.0
+
+
+@pytest.fixture(autouse=True)
+def app(redpipe):
+    """Give it an app's credentials: without, polls are seconds apart."""
+    redpipe.environment |= {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "posts.db"
+
+
+def add_posts(fake_reddit, numbers, subreddit="python", **fields):
+    now = int(time.time()) - 2000
+    return [fake_reddit.add(make_post(n, now + n, subreddit, **fields))["id"] for n in numbers]
+
+
+def stored(database):
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [i for (i,) in connection.execute("SELECT id FROM posts ORDER BY created_utc")]
+
+
+def ids(text):
+    """Return the ids of whole lines; a last one that was cut off counts as none."""
+    return [json.loads(line)["id"] for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def start(redpipe, *arguments, **streams):
+    """Start redpipe with streams of our own."""
+    process = subprocess.Popen(
+        [*redpipe.command, *map(str, arguments)],
+        cwd=redpipe.directory,
+        env=redpipe.environment,
+        **{"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **streams},
+    )
+    redpipe.started.append(process)
+    return process
+
+
+# What is written
+
+
+def test_a_line_is_an_object_with_the_columns_that_redpipe_fills(redpipe, fake_reddit, database):
+    post = make_post(1, 1_790_000_000, title="ä \u2028 <b> 😀", score=7, over_18=True)
+    post["media"] = {"type": "x"}
+    fake_reddit.add(post)
+    options = ["--field=score", "--field=over_18:adult", "--field=media", "--field=none"]
+    done = redpipe(*options, "--print", "--once", database, "python")
+    assert (done.status, done.err) == (0, "")
+    (line,) = done.out.split("\n")[:-1]
+    assert json.loads(line) == {
+        "id": post["id"],
+        "created_utc": 1_790_000_000,
+        "subreddit": "python",
+        "title": "ä \u2028 <b> 😀",
+        "author": post["author_fullname"],
+        "author_name": post["author"],
+        "permalink": post["permalink"],
+        "score": 7,
+        "adult": 1,
+        "media": '{"type": "x"}',
+        "none": None,
+    }
+    assert line.startswith('{"id": "')
+
+
+def test_each_new_post_comes_once_and_oldest_first(redpipe, fake_reddit, database):
+    first = add_posts(fake_reddit, range(250))
+    done = redpipe("--print", "--once", database, "python")
+    assert (done.status, ids(done.out), done.err) == (0, first, "")
+    second = add_posts(fake_reddit, range(250, 260))
+    assert ids(redpipe("--print", "--once", database, "python").out) == second
+    assert redpipe("--print", "--once", database, "python").out == ""
+    assert stored(database) == first + second
+
+
+def test_a_generated_column_of_that_name_is_left_alone_and_the_field_passed_on(
+    redpipe, fake_reddit, database
+):
+    assert redpipe("--once", database, "python").status == 69
+    add_posts(fake_reddit, range(1), score=7)
+    assert redpipe("--once", database, "python") == (0, "", "")
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("ALTER TABLE posts ADD COLUMN Flair AS (upper(title)) VIRTUAL")
+    (new,) = add_posts(fake_reddit, range(1, 2), flair="red")
+    options = ["--field=flair", "--field=score"]
+    done = redpipe(*options, "--print", "--once", database, "python")
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out)["flair"] == "red"
+    with closing(sqlite3.connect(database)) as connection:
+        sql = "SELECT flair = upper(title), score FROM posts ORDER BY id"
+        assert connection.execute(sql).fetchall() == [(1, None), (1, 1)]
+        assert connection.execute(f"SELECT count(*) FROM posts WHERE id = '{new}'").fetchone()
+
+
+# Whatever happens on either side
+
+
+def test_it_comes_before_it_is_stored_and_again_after_a_kill(redpipe, fake_reddit, database):
+    add_posts(fake_reddit, range(1))
+    assert redpipe("--once", database, "python").status == 0
+    new = add_posts(fake_reddit, range(1, 5))
+    with closing(sqlite3.connect(database, isolation_level=None, check_same_thread=False)) as other:
+
+        def lock(*request):
+            if not other.in_transaction:
+                other.execute("BEGIN IMMEDIATE")
+
+        fake_reddit.faults = lock
+        process = redpipe.start("--print", "--once", database, "python")
+        lines = [process.stdout.readline() for _ in new]  # while nothing can be stored
+        redpipe.stop(process, signal.SIGKILL)
+        fake_reddit.faults = None
+        other.execute("ROLLBACK")
+    assert ids("".join(lines)) == new
+    assert len(stored(database)) == 1
+    assert ids(redpipe("--print", "--once", database, "python").out) == new
+    assert len(stored(database)) == 5
+
+
+def test_every_post_that_is_stored_was_written_whenever_it_is_killed(
+    redpipe, fake_reddit, database, tmp_path
+):
+    expected = []
+    with (tmp_path / "passed.ndjson").open("w") as passed:
+        for n in range(8):
+            expected += add_posts(fake_reddit, range(40 * n, 40 * n + 40))
+            process = start(redpipe, "--print", "--interval=1", database, "python", stdout=passed)
+            time.sleep(0.15 + 0.05 * n)
+            redpipe.stop(process, signal.SIGKILL)
+    seen = ids((tmp_path / "passed.ndjson").read_text())
+    seen += ids(redpipe("--print", "--once", database, "python").out)
+    assert stored(database) == expected
+    assert set(seen) == set(expected)
+
+
+def test_a_reader_that_is_killed_ends_it_and_what_it_was_not_given_comes_again(
+    redpipe, fake_reddit, database
+):
+    posts = add_posts(fake_reddit, range(3))
+    process = redpipe.start("--print", "--interval=1", database, "python")
+    given = [process.stdout.readline() for _ in posts]
+    process.stdout.close()
+    process.stdout = None
+    new = add_posts(fake_reddit, range(3, 5))
+    assert process.wait(20) == -signal.SIGPIPE
+    assert process.stderr.read() == ""
+    assert ids("".join(given)) == posts == stored(database)
+    assert ids(redpipe("--print", "--once", database, "python").out) == new
+
+
+def test_a_reader_that_has_gone_ends_it_by_sigpipe_in_silence(redpipe, fake_reddit, database):
+    add_posts(fake_reddit, range(300))
+    read, write = os.pipe()
+    os.close(read)
+    process = start(redpipe, "--print", database, "python", stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (-signal.SIGPIPE, "")
+    assert stored(database) == []
+    assert list(redpipe.tmpdir.iterdir()) == []
+
+
+def test_head_takes_its_lines_and_what_was_stored_was_written_first(redpipe, fake_reddit, database):
+    posts = add_posts(fake_reddit, range(3))
+    shell = '"$@" --print --interval=1 posts.db python | head -4; exit ${PIPESTATUS[0]}'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "bash", *redpipe.command],
+        cwd=redpipe.directory,
+        env=redpipe.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: database.exists() and database.stat().st_size and len(stored(database)) == 3)
+    posts += add_posts(fake_reddit, range(3, 5))
+    wait_for(lambda: len(stored(database)) == 5)
+    add_posts(fake_reddit, range(5, 6))
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, ids(out), err) == (128 + signal.SIGPIPE, posts[:4], "")
+    assert len(stored(database)) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heard_while_the_reader_stalls(redpipe, fake_reddit, database, number):
+    add_posts(fake_reddit, range(900))
+    process = redpipe.start("--print", database, "python")  # more than a pipe takes
+    wait_for(lambda: is_blocked_in_write(process))
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    assert time.monotonic() - began < SOON
+    assert process.stderr.read() == ""
+    assert stored(database) == []
+    assert list(redpipe.tmpdir.iterdir()) == []
+
+
+def is_blocked_in_write(process):
+    return "pipe_write" in Path(f"/proc/{process.pid}/wchan").read_text()
+
+
+def test_a_reader_that_stalls_misses_what_leaves_the_listing_and_a_gap_says_so(
+    redpipe, fake_reddit, database
+):
+    first = add_posts(fake_reddit, range(900))
+    process = redpipe.start("--print", "--interval=1", database, "python")
+    wait_for(lambda: is_blocked_in_write(process))
+    add_posts(fake_reddit, range(900, 2100))
+    asked = len(fake_reddit.requests())
+    time.sleep(0.5)
+    assert len(fake_reddit.requests()) == asked  # it waits, and asks for nothing
+    seen = []
+    while len(seen) < 1900:
+        seen += ids(process.stdout.readline())
+    wait_for(lambda: len(stored(database)) == len(seen))
+    assert redpipe.stop(process).status == -signal.SIGTERM
+    assert set(first) <= set(seen)
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
+
+
+def test_a_full_disk_ends_it_with_74_and_nothing_is_stored(redpipe, fake_reddit, database):
+    posts = add_posts(fake_reddit, range(3))
+    with Path("/dev/full").open("wb") as full:
+        process = start(redpipe, "--print", "--once", database, "python", stdout=full)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 74
+    assert err == "redpipe: standard output: No space left on device\n"
+    assert stored(database) == []
+    assert ids(redpipe("--print", "--once", database, "python").out) == posts
+
+
+def test_a_closed_standard_output_ends_it_with_74(redpipe, fake_reddit, database):
+    add_posts(fake_reddit, range(3))
+    shell = 'exec "$@" --print --once posts.db python >&-'
+    process = subprocess.Popen(
+        ["sh", "-c", shell, "sh", *redpipe.command],
+        cwd=redpipe.directory,
+        env=redpipe.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (74, "redpipe: standard output: closed\n")
+    assert stored(database) == []
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_on_a_full_disk_is_one_line(redpipe, option):
+    with Path("/dev/full").open("wb") as full:
+        process = start(redpipe, option, stdout=full)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 74
+    assert err == "redpipe: standard output: No space left on device\n"
