@@ -131,6 +131,12 @@ class BadEnvironment(RedpipeError):
     exit_status = 78
 
 
+def several(names: Sequence[str]) -> str:
+    """Name some subreddits, and count the others."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(f"r/{name}" for name in names[:5]) + more
+
+
 # --- Shapes -----------------------------------------------------------------
 
 
@@ -1124,16 +1130,17 @@ def page_below(read: Sequence[str], ask: Ask) -> Page:
     It is the listing's last, or was removed, or Reddit fell silent. The page behind an
     earlier post tells. When none of them is listed any more, the listing is read anew from
     its newest page; but one that was read as deep as listings are has pushed them out: then
-    the page is empty.
+    the page is empty. Raises Unanswered when the newest page is empty, too.
     """
     anchors: list[str | None] = [read[-1 - step] for step in EARLIER if step < len(read)]
-    if len(set(read)) < SHORT:
-        anchors.append(None)
-    for anchor in anchors:
+    pushed_out = len(set(read)) >= SHORT
+    for anchor in anchors if pushed_out else [*anchors, None]:
         page = ask(anchor)
         if page.things:
             return page._replace(after=None) if ends_there(page, read) else page
-    return Page([])
+    if pushed_out:
+        return Page([])
+    raise Unanswered("the listing fell silent while it was read")
 
 
 def ends_there(page: Page, read: Sequence[str]) -> bool:
@@ -1392,7 +1399,7 @@ class Follower:
         """Raise what keeps a single run from being complete."""
         self._tell_gaps(every=0.0)
         if self.asker.exhausted:
-            left = ", ".join(f"r/{one.name}" for one in self.listings)
+            left = several([one.name for one in self.listings])
             raise Failed("; ".join([f"{left}: {self.asker.exhausted}", *self.lost]))
         if self.lost:
             raise Gone("; ".join(self.lost))
@@ -1424,7 +1431,7 @@ class Follower:
 
     def _page(self, listing: Listing, after: str | None) -> Page:
         """Ask for a page; for a newest page that is unexpectedly empty, three times more."""
-        tries = 1 if listing.failures and not after else TRIES
+        tries = 1 if (listing.failures or self.asker.once) and not after else TRIES
         ask = partial(self.asker.reddit.page, listing.name, after)
         for times in range(4):
             if times:
@@ -1474,7 +1481,7 @@ class Follower:
             listing.told = self.asker.outage_told = True
         pause = backoff(listing.failures, listing.rate, self.asker.chance())
         if listing.failures > TRIES and len(self.listings) > 1:  # a tenth of the budget at most
-            pause = max(pause, 10 / self.asker.reddit.carries())
+            pause = max(pause, min(60.0, 10 / self.asker.reddit.carries()))
         listing.ready_at = self.asker.clock.monotonic() + pause
         if self.asker.once:  # it comes after the others, and once more when the patience ends
             listing.rate = 0.0
@@ -1488,9 +1495,8 @@ class Follower:
         """Warn of gaps at the first, and then once in so many seconds at most."""
         now = self.asker.clock.monotonic()
         if self.gaps and now - self.gaps_told_at >= every:
-            names = ", ".join(f"r/{name}" for name in sorted(self.gaps))
             what = "no longer listed, and not stored; see the table gaps"
-            log.warning("%s: %d gap(s), %s", names, self.gaps.total(), what)
+            log.warning("%s: %d gap(s), %s", several(sorted(self.gaps)), self.gaps.total(), what)
             self.gaps.clear()
             self.gaps_told_at = now
 

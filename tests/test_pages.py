@@ -7,14 +7,14 @@ anchor that is not shown gives an empty page, and so does everything during a si
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import PAGE, RUNAWAY, Page, pages_back
+from pipeline import PAGE, RUNAWAY, Page, Unanswered, pages_back
 
 
 class Listing:
@@ -88,8 +88,9 @@ def test_what_is_listed_at_the_end_has_been_read(feed, seed):
     if not first.things:
         return
     read = set[str]()
-    for page in itertools.islice(pages_back(first, listing.ask), RUNAWAY):
-        read.update(post["id"] for post in page.posts)
+    with contextlib.suppress(Unanswered):  # such a walk is dropped
+        for page in pages_back(first, listing.ask):
+            read.update(post["id"] for post in page.posts)
     if page.after is None:
         assert before.intersection(listing.shown()) <= read
     assert listing.asked <= 3 * RUNAWAY
