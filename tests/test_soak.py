@@ -164,7 +164,7 @@ class Soak:
             ):
                 rows = [pipeline.transform(post) for post in batch.posts]
                 pipeline.load(memory, rows, batch.cursors, batch.gaps)
-                moved.update(batch.cursors)
+                moved.update(cursor.subreddit for cursor in batch.cursors)
                 if len(moved) < len(names):  # the poll goes on, with a name alone
                     continue
                 moved.clear()
