@@ -1095,14 +1095,6 @@ FIRST_LAG = 30  # seconds, until so many samples are known
 LEAST_LAG, MOST_LAG = 5, 60
 
 
-def reached_by(page: Page) -> float:
-    """Return the created_utc down to which a page surely shows all: its last ten posts'.
-
-    Listings are nearly, not strictly, ordered: one old post proves nothing.
-    """
-    return max(times_of(page.posts[-FEW:]), default=math.inf)
-
-
 def pages_back(first: Page, ask: Ask) -> Iterator[Page]:
     """Yield a listing's pages, newest first; only one that shows its end has no `after`.
 
@@ -1163,7 +1155,8 @@ def walk_back(
     reached = math.inf
     for pages, page in enumerate(pages_back(first, ask), 1):
         found = {post["id"]: post for post in page.posts} | found
-        reached = min(reached, reached_by(page))
+        # Listings are nearly, not strictly, ordered: one old post proves nothing.
+        reached = min(reached, max(times_of(page.posts[-FEW:]), default=math.inf))
         if (reached < target and pages >= least) or not may_ask():
             break
     short = page.after is None and len(found) < SHORT
@@ -1212,8 +1205,7 @@ def next_cursor(name: str, cursor: Cursor | None, walk: Walk, polled_utc: int) -
     """Return a name's cursor after a walk; one in the future moves none."""
     newest = max((at for at in times_of(walk.posts) if at <= walk.utc), default=0)
     if cursor:
-        newest = max(cursor.newest_utc, newest)
-        return cursor._replace(newest_utc=newest, polled_utc=polled_utc)
+        return cursor._replace(newest_utc=max(cursor.newest_utc, newest), polled_utc=polled_utc)
     newest = newest or int(walk.utc)
     oldest = min(times_of(walk.posts), default=newest) if walk.complete else walk.reached
     return Cursor(name, int(min(newest, oldest)), newest, polled_utc)
@@ -1301,8 +1293,7 @@ class Asker:
     def sleep(self, seconds: float, what: str) -> None:
         """Wait for something; with `once` not beyond the end of the patience."""
         now = self.clock.monotonic()
-        if self.once:
-            seconds = min(seconds, self.gives_up_at - now)
+        seconds = min(seconds, self.gives_up_at - now) if self.once else seconds
         self.reddit.doing = Doing(what, now + seconds)
         self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
 
@@ -1382,7 +1373,8 @@ class Follower:
             utc = int(self.asker.clock.time())
             walk = self._walk(listing, cursor, lag, utc)
         except (Gone, Unanswered, Refused) as exc:
-            if isinstance(exc, Refused) and self._is_refused():
+            alone = len(self.listings) == 1 or any(one.failures for one in self.listings)
+            if isinstance(exc, Refused) and alone:  # nothing says that it is about this name only
                 raise
             self._put_off(listing, exc)
             return
@@ -1444,10 +1436,6 @@ class Follower:
             if page.things or after or listing.empty:
                 break
         return page
-
-    def _is_refused(self) -> bool:
-        """Return whether a refusal is not about one name alone: it is the only, or the second."""
-        return len(self.listings) == 1 or any(one.failures for one in self.listings)
 
     def _busiest(self) -> float:
         """Return the posts a second of the busiest listing: no pause may overrun it."""
