@@ -9,6 +9,7 @@ if sys.version_info < (3, 10):  # this file must parse on Python 3.6 to say so
     )
 
 import os
+import select
 import signal
 import time
 from _thread import allocate_lock
@@ -17,12 +18,24 @@ from contextlib import contextmanager, suppress
 TYPE_CHECKING = False  # typing's own costs milliseconds at every start
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from io import BufferedReader
     from typing import Any, TextIO
 
-    from pipeline import Access, Batch, Cursor, Database, Fetch, Reddit, RedpipeError, Row, Survey
+    import pipeline
+    from pipeline import Batch, Cursor, Database, Survey
 
+    Span = tuple[int, int]
     Tell = Callable[[], str]
+else:
+
+    class Late:
+        """The module pipeline, imported at its first use: --help and --version need none."""
+
+        def __getattr__(self, name: str) -> "Any":
+            import pipeline
+
+            return getattr(pipeline, name)
+
+    pipeline = Late()
 
 VERSION = "2.0.0"
 
@@ -72,7 +85,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.number = 0
-        self.deaf_until = 0.0
         self.holds = 0
 
     def listen(self) -> None:
@@ -86,11 +98,9 @@ class Signals:
                 signal.signal(number, self.arrived)
 
     def arrived(self, number: int, frame: object) -> None:
-        """Stop; once more only a second later, if the first was lost in a finalizer."""
-        now = time.monotonic()
-        if not self.number or now > self.deaf_until:
-            self.number = self.number or number
-            self.deaf_until = now + 1
+        """Stop. If that is lost in a finalizer, the next transaction's end stops."""
+        if not self.number:
+            self.number = number
             self.check()
 
     def check(self) -> None:
@@ -123,7 +133,8 @@ class Console:
 
     def __init__(self, stream: "TextIO | None") -> None:
         self.stream = stream
-        self.terminal = self.lives = stream is not None and stream.isatty()
+        self.terminal = stream is not None and stream.isatty() and os.name == "posix"
+        self.lives = self.terminal
         self.line = ""
         self.lock = allocate_lock()
 
@@ -131,16 +142,16 @@ class Console:
         """Write a message above the line; what a logging handler calls."""
         printable = "".join(c if c.isprintable() else "\ufffd" for c in message.rstrip("\n"))
         with self.lock:
-            blank = " " * self._width() + "\r" if self.line else ""
-            self._put(blank + printable + "\n" + self.line, patience=1.0)
+            blank = " " * len(self.line) + "\r" if self.line else ""
+            self._put(blank + printable + "\n" + self.line)
 
     def live(self, tell: "Tell") -> None:
         """Show what `tell` returns, from now on and anew every second, until `close`."""
         import threading
 
         def draw() -> None:
-            if hasattr(signal, "pthread_sigmask"):  # or they might not wake the main thread
-                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            # A signal that comes to this thread might not wake the main one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             while self.lives:
                 self._draw(tell())
                 time.sleep(1)
@@ -156,34 +167,22 @@ class Console:
             self.lives, self.line = False, ""
 
     def _draw(self, line: str) -> None:
-        with self.lock:
+        with self.lock, suppress(OSError):  # the terminal may be gone
             if self.lives:
-                width = self._width()
-                if len(line) > width:  # whole parts, as many as fit
-                    line = line[:width].rpartition(", ")[0] or line[:width]
-                self._put(line.ljust(width) + "\r" + line)
+                width = os.get_terminal_size(2).columns or 80
+                line = line[: width - 1]
+                self._put(line.ljust(len(self.line)))
                 self.line = line
 
-    def _put(self, text: str, patience: float = 0.0) -> None:
+    def _put(self, text: str) -> None:
         try:
-            if self.stream is not None and self._is_ready(patience):
+            # Ctrl-S stops a terminal; capturing does not wait for it.
+            if self.stream and (not self.terminal or select.select([], [2], [], 0.5)[1]):
                 self.stream.write("\r" * self.terminal + text)
                 self.stream.flush()
         except (OSError, ValueError):
             # What is left in its buffer would fail once more at exit, and make that 120.
             self.stream = sys.stderr = None
-
-    def _is_ready(self, patience: float) -> bool:
-        if not self.terminal or sys.platform == "win32":
-            return True
-        import select
-
-        return bool(select.select([], [2], [], patience)[1])
-
-    def _width(self) -> int:
-        with suppress(OSError):
-            return (os.get_terminal_size(2).columns or 80) - 1
-        return 79
 
 
 def say(text: str, signals: Signals) -> None:
@@ -195,10 +194,8 @@ def say(text: str, signals: Signals) -> None:
     except BrokenPipeError:
         signals.arrived(signal.SIGPIPE, None)
     except (OSError, AttributeError) as exc:  # it is None when it was closed at the start
-        from pipeline import StorageFailed  # here: --help needs no pipeline
-
         reason = getattr(exc, "strerror", "closed")
-        raise StorageFailed(f"standard output: {reason}") from exc
+        raise pipeline.StorageFailed(f"standard output: {reason}") from exc
 
 
 def parse_arguments(argv: "list[str]") -> "dict[str, Any]":
@@ -211,169 +208,121 @@ def parse_arguments(argv: "list[str]") -> "dict[str, Any]":
     except SystemExit as error:
         import re
 
-        from pipeline import BadUsage
-
         check_options({word.partition("=")[0] for word in argv})
         unmatched = re.findall(r"'([^']*)'", str(error).partition("\n")[0])
         words = "unknown or repeated: " + " ".join(unmatched) if unmatched else "wrong options"
-        raise BadUsage(f"{words}; see redpipe.pyz --help") from None
+        raise pipeline.BadUsage(f"{words}; see redpipe.pyz --help") from None
     check_options({option for option, value in arguments.items() if value not in (None, False, [])})
     return arguments
 
 
 def check_options(given: "set[str]") -> None:
     """Raise BadUsage for options that do not go together."""
-    from pipeline import BadUsage
-
     for one, others in CONFLICTS.items():
         for other in given.intersection(others if one in given else ()):
-            raise BadUsage(f"{one} and {other} do not go together")
+            raise pipeline.BadUsage(f"{one} and {other} do not go together")
 
 
 def parse_subreddits(arguments: "list[str]") -> "list[str]":
     """Read python, r/python, /r/python/ and a+b as lower-case names, each once."""
     import re
 
-    from pipeline import BadUsage
-
     names = []
     for argument in arguments:
         if argument.lower().endswith((".db", ".sqlite", ".sqlite3")):
-            raise BadUsage(f"{argument}: the database comes first, then the subreddits")
+            raise pipeline.BadUsage(f"{argument}: the database comes first, then the subreddits")
         for name in re.sub(r"^/?r/|/$", "", argument).split("+"):
             if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise BadUsage(f"{argument}: not a subreddit name, like python, r/python or a+b")
+                raise pipeline.BadUsage(
+                    f"{argument}: not a subreddit name, like python, r/python or a+b"
+                )
             names.append(name.lower())
     return list(dict.fromkeys(names))
 
 
 def parse_interval(text: "str | None") -> float:
     """Read --interval, in seconds."""
-    from pipeline import BadUsage
-
     with suppress(ValueError):
         seconds = 25.0 if text is None else float(text)
         if 1 <= seconds <= 3600:
             return seconds
-    raise BadUsage(f"--interval={text}: not a number of seconds from 1 to 3600")
+    raise pipeline.BadUsage(f"--interval={text}: not a number of seconds from 1 to 3600")
 
 
-def read_access(environ: "Mapping[str, str]") -> "Access":
+def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
     """Read where to ask, and with which credentials. Raises BadEnvironment."""
     import re
-    from urllib.parse import urlsplit
 
-    from pipeline import WWW_URL, Access, BadEnvironment, is_loopback
-
-    def variable(name: str) -> str:
-        return environ.get(name, "").strip()
-
-    user = variable("REDDIT_USERNAME")
-    access = Access(
-        url=read_url(variable("REDPIPE_URL")),
-        client_id=variable("REDDIT_CLIENT_ID"),
-        client_secret=variable("REDDIT_CLIENT_SECRET"),
-        username=user,
-        feed_token=variable("REDDIT_FEED_TOKEN"),
-        user_agent=f"{sys.platform}:redpipe:{VERSION}" + (f" (by /u/{user})" if user else ""),
-    )
+    names = ("REDPIPE_URL", "REDDIT_CLIENT_ID", "REDDIT_CLIENT_SECRET")
+    url, client_id, secret = (environ.get(name, "").strip() for name in names)
+    user, token = (environ.get(f"REDDIT_{name}", "").strip() for name in ("USERNAME", "FEED_TOKEN"))
+    if url and ("@" in url or not is_address(url)):  # not repeated: it may hold a password
+        raise pipeline.BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
     if not re.fullmatch(r"[A-Za-z0-9_-]*", user):
-        raise BadEnvironment("REDDIT_USERNAME: not the name of an account")
-    if access.client_secret and not access.client_id:
-        raise BadEnvironment("REDDIT_CLIENT_SECRET is set, but REDDIT_CLIENT_ID is not")
-    if access.feed_token and not user:
-        raise BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
-    secret = access.client_id or access.feed_token
-    if secret and urlsplit(access.url).scheme == "http" and not is_loopback(access.url):
-        raise BadEnvironment("REDPIPE_URL: credentials go to another machine by https only")
-    check_proxies(environ, access.url or WWW_URL)
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if environ.get(name) and not holds_certificate(environ[name]):
-            raise BadEnvironment(f"{name}: not a file or folder that holds a certificate")
-    return access
-
-
-def read_url(url: str) -> str:
-    """Check REDPIPE_URL; it is not repeated in messages, it may hold a password."""
-    from pipeline import BadEnvironment
-
-    if url and ("@" in url or not is_address(url)):
-        raise BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
-    return url.rstrip("/")
+        raise pipeline.BadEnvironment("REDDIT_USERNAME: not the name of an account")
+    if secret and not client_id:
+        raise pipeline.BadEnvironment("REDDIT_CLIENT_SECRET is set, but REDDIT_CLIENT_ID is not")
+    if token and not user:
+        raise pipeline.BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
+    if (client_id or token) and url.lower().startswith("http:") and not pipeline.is_loopback(url):
+        raise pipeline.BadEnvironment("REDPIPE_URL: credentials go to other machines by https only")
+    check_proxies(environ, url or pipeline.WWW_URL)
+    check_certificates(environ)
+    agent = f"{sys.platform}:redpipe:{VERSION}" + (f" (by /u/{user})" if user else "")
+    return pipeline.Access(url.rstrip("/"), client_id, secret, user, token, agent)
 
 
 def is_address(url: str) -> bool:
     """Return whether it is of the form http(s)://[user:password@]host[:port][/path]."""
-    from urllib.parse import urlsplit
+    import re
 
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        return False
-    return bool(good) and url.isprintable() and not set(" ?#") & set(url)
+    host = r"([^\s/?#]*@)?([\w.-]+|\[[0-9a-f:.]+\])"
+    match = re.fullmatch(rf"https?://{host}(:(?P<port>\d+))?(/[^\s?#]*)?", url, re.IGNORECASE)
+    return match is not None and url.isprintable() and 0 < int(match["port"] or 80) < 65536
 
 
 def check_proxies(environ: "Mapping[str, str]", url: str) -> None:
-    """Raise BadEnvironment for a proxy that can never work, unless NO_PROXY has it unused."""
+    """Raise BadEnvironment if the proxy that requests would take can never work."""
     from urllib.parse import urlsplit
     from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
-    from pipeline import BadEnvironment
-
     target = urlsplit(url)
-    # Of names in lower and upper case the lower counts.
-    names = {name.lower(): name for name in sorted(environ) if environ[name]}
-    if proxy_bypass_environment(
-        target.hostname, {"no": environ.get(names.get("no_proxy", ""), "")}
-    ):
-        return
-    kinds = ["https_proxy", "http_proxy"]
-    if target.scheme + "_proxy" not in names:
-        kinds.append("all_proxy")
-    for name in [names[kind] for kind in kinds if kind in names]:
-        proxy = environ[name]
+    exempt = {"no": environ.get("no_proxy") or environ.get("NO_PROXY", "")}
+    kinds = (target.scheme + "_proxy", "all_proxy")
+    names = [name for kind in kinds for name in (kind, kind.upper()) if environ.get(name)]
+    if names and not proxy_bypass_environment(target.hostname, exempt):
+        proxy = environ[names[0]]
         if not is_address(proxy if "://" in proxy else "http://" + proxy):
-            raise BadEnvironment(
-                f"{name}: not of the form http(s)://host:port; SOCKS is not spoken"
+            raise pipeline.BadEnvironment(
+                f"{names[0]}: not of the form http(s)://host:port; SOCKS is not spoken"
             )
 
 
-def holds_certificate(path: str) -> bool:
-    """Return whether a file, or a file of a folder that is named by its hash, does."""
-    import re
+def check_certificates(environ: "Mapping[str, str]") -> None:
+    """Raise BadEnvironment for a file or folder that holds no certificate."""
+    import glob
     import ssl
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    names = os.listdir(path) if os.path.isdir(path) else []
-    files = [os.path.join(path, n) for n in names if re.fullmatch(r"[0-9a-f]{8}\.[0-9]+", n)]
-    for file in files or [path]:
-        try:
-            context.load_verify_locations(file)
-        except OSError:
-            continue
-    return context.cert_store_stats()["x509"] > 0
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        path = environ.get(name, "")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        for file in glob.glob(glob.escape(path) + "/*") or [path]:
+            with suppress(OSError):
+                context.load_verify_locations(file)
+        if path and not context.cert_store_stats()["x509"]:
+            raise pipeline.BadEnvironment(f"{name}: not a file or folder that holds a certificate")
 
 
-def open_network() -> "Fetch":
+def open_network() -> "pipeline.Fetch":
     """Import requests, whose certificates go from the archive to a temporary file."""
     import tempfile
 
-    import pipeline
-
     try:
-        fetch = pipeline.http_fetch()
-        import certifi
-
-        with open(certifi.where(), "rb") as file:
-            whole = b"END CERTIFICATE" in file.read()[-40:]
+        return pipeline.http_fetch()
     except OSError as exc:
         raise pipeline.StorageFailed(
             f"temporary directory {tempfile.tempdir or ''}: {exc.strerror or exc}; set TMPDIR"
         ) from exc
-    if not whole:
-        raise pipeline.StorageFailed(f"temporary directory {tempfile.tempdir}: full; set TMPDIR")
-    return fetch
 
 
 def log_to(console: Console, arguments: "dict[str, Any]") -> None:
@@ -387,34 +336,27 @@ def log_to(console: Console, arguments: "dict[str, Any]") -> None:
     logger = logging.getLogger("redpipe")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.ERROR if arguments["--quiet"] else level)
-    logger.propagate = False
 
 
-def share_done(file: "BufferedReader", seconds: float) -> str:
+def share_done(file: "Any", seconds: float) -> str:
     """Say how much of FILE was read in so many seconds, and when a regular one will be done.
 
     It looks at two numbers only, so a thread may call it at any time, even on a closed file.
     """
-    size, taken = file.raw.size, file.raw.taken  # type: ignore[attr-defined]  # a CountingFile
-    speed = taken / max(seconds, 0.1)
+    size, taken = file.raw.size, file.raw.taken  # of a CountingFile
     if not 0 < taken <= size:  # a pipe, or a file that grows
-        return f"{taken / 1e6:,.0f} MB read, {speed / 1e6:,.0f} MB/s"
-    left = int((size - taken) / speed)
-    return (
-        f"{100 * taken // size} % of {size / 1e6:,.0f} MB read, {speed / 1e6:,.0f} MB/s, "
-        f"{left // 60}:{left % 60:02} left"
-    )
+        return f"{taken / 1e6:,.0f} MB read"
+    left = duration(seconds * (size - taken) / taken)
+    return f"{100 * taken // size} % of {size / 1e6:,.0f} MB read, {left} left"
 
 
-def source_of(access: "Access") -> str:
-    from urllib.parse import urlsplit
-
+def source_of(access: "pipeline.Access") -> str:
     credentials = "a feed token" if access.feed_token else "no credentials"
     credentials = "an app" if access.client_id else credentials
-    return f"from {urlsplit(access.url).hostname or 'Reddit'} with {credentials}"
+    return f"from {access.url or 'Reddit'} with {credentials}"
 
 
-def standing(reddit: "Reddit") -> str:
+def standing(reddit: "pipeline.Reddit") -> str:
     """Say what is going on, for how long, and what is left of the budget."""
     what, until = reddit.doing
     if until is not None:  # what comes next, or what lasts
@@ -430,91 +372,64 @@ def duration(seconds: float) -> str:
     return f"{max(0, int(seconds)) // size:,} {unit}"
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 class Progress:
-    """What came to be stored, how fast, and how old the newest post is.
-
-    The rate is that of posting, by the times of the last five minutes' posts: how fast
-    they are caught up with tells nothing. Of a file it is that of reading.
-    """
+    """What came to be stored, and how old the newest post is."""
 
     def __init__(self, standing: "Tell") -> None:
         self.standing = standing
         self.stored = self.gaps = self.newest = 0
-        self.since: float = time.time()
-        self.recent: list[int] = []
 
-    def add(self, stored: int, rows: "Sequence[Row]", batch: "Batch") -> None:
+    def add(self, stored: int, batch: "Batch") -> None:
         self.stored += stored
         self.gaps += len(batch.gaps)
-        for cursor in batch.cursors:
-            self.newest = max(self.newest, cursor.newest_utc)
-            times = [row["created_utc"] for row in rows if row["created_utc"]]
-            self.since = min([self.since, *times])
-            self.recent = [at for at in self.recent + times if at > time.time() - 300]
+        self.newest = max([self.newest, *(cursor.newest_utc for cursor in batch.cursors)])
 
     def line(self) -> str:
-        now, count, newest = time.time(), self.stored, ""
-        seconds = now - self.since
-        if self.newest:
-            count, seconds = sum(at > now - 300 for at in self.recent), min(300.0, seconds)
-            newest = f"newest {duration(now - self.newest)} ago, "
-        rate = count / max(1.0, seconds)
-        speed = f"{rate:,.1f}/s" if rate >= 0.1 or not rate else f"{3600 * rate:,.0f}/h"
-        return f"redpipe: {self.stored:,} posts stored, {speed}, {newest}{self.standing()}"
+        age = duration(time.time() - self.newest)
+        newest = f"newest {age} ago, " if self.newest else ""
+        return f"redpipe: {self.stored:,} posts stored, {newest}{self.standing()}"
 
 
-HEADINGS = ("name", "since", "until", "poll", "posts", "gaps", "span", "last 14 days")
+ROW = "{:22.22} {:10} {:16} {:>7} {:>10} {:>4} {:>8} {}"  # at most 100 columns
 
 
 def status_table(survey: "Survey", cursors: "Sequence[Cursor]", now: int) -> "list[str]":
-    """Lay out a line for each cursor, at most 100 columns wide."""
-    rows = [HEADINGS]
+    """Lay out a line for each cursor."""
+    lines = [ROW.format("name", "since", "until", "poll", "posts", "gaps", "span", "last 14 days")]
     for name, since, newest, polled in cursors:
         gaps = [(after, before) for owner, after, before in survey.gaps if owner == name]
         posts = survey.posts[name]
-        days = [days_of(after, before) for after, before in gaps]
         poll = duration(now - polled) if polled else "never"
         span = duration(sum(before - after for after, before in gaps)) if gaps else ""
-        drawn = bar(posts, days_of(since, max(newest, polled)), days, now // 86400)
+        drawn = bar(posts, (since, max(newest, polled)), gaps, now // 86400)
         counts = f"{sum(posts.values()):,}", f"{len(gaps):,}"
-        rows.append((name, utc(since)[:10], utc(newest), poll, *counts, span, drawn))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], 100 - sum(widths[1:]) - 2 * len(widths[1:]))
-    cells = [zip(row, "<<<>>>><", widths, strict=True) for row in rows]
-    return [
-        "  ".join(f"{text:{side}{width}.{width}}" for text, side, width in row).rstrip()
-        for row in cells
-    ]
+        lines.append(ROW.format(name, utc(since)[:10], utc(newest), poll, *counts, span, drawn))
+    return lines
 
 
 def utc(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) if seconds else "-"
 
 
-def days_of(first: int, last: int) -> range:
-    return range(first // 86400, last // 86400 + 1)
-
-
-def bar(posts: "Mapping[int, int]", covered: range, gaps: "Sequence[range]", today: int) -> str:
+def bar(posts: "Mapping[int, int]", covered: "Span", gaps: "Sequence[Span]", today: int) -> str:
     """Draw the posts of the last 14 days, today's last, by the day that had most."""
+    days = range(today - 13, today + 1)
+    most = max(1, *(posts.get(day, 0) for day in days))
     drawn = ""
-    most = max(1, *(posts.get(day, 0) for day in range(today - 13, today + 1)))
-    for day in range(today - 13, today + 1):
-        level = "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)] if day in covered else "·"
-        drawn += "!" if any(day in gap for gap in gaps) else level
+    for day in days:
+        level = "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)]
+        drawn += "!" if touches(day, gaps) else level if touches(day, [covered]) else "·"
     return drawn
+
+
+def touches(day: int, spans: "Sequence[Span]") -> bool:
+    return any(first // 86400 <= day <= last // 86400 for first, last in spans)
 
 
 class Run:
     """One run: what was asked for, and the process it runs in."""
 
     def __init__(self, arguments: "dict[str, Any]", signals: Signals, console: Console) -> None:
-        import pipeline
-
         self.arguments = arguments
         self.signals = signals
         self.console = console
@@ -525,11 +440,10 @@ class Run:
         self.fields = pipeline.parse_fields(arguments["--field"])
         self.interval = parse_interval(arguments["--interval"])
 
-    def follow(self, environ: "Mapping[str, str]") -> None:
+    def follow(self) -> None:
         """Store what is new on Reddit."""
-        import pipeline
-
-        access, names, once = read_access(environ), self.names or ["all"], self.arguments["--once"]
+        access, names = read_access(os.environ), self.names or ["all"]
+        once = self.arguments["--once"]
         with self.signals.held():  # an import that was broken off would leave its file behind
             reddit = pipeline.Reddit(access, open_network())
         with self.open_database() as database:
@@ -539,14 +453,10 @@ class Run:
             self.store(database, batches, what, lambda: standing(reddit))
 
     def open_database(self) -> "Database":
-        import pipeline
-
         return pipeline.Database(self.path, self.fields, shield=self.signals.held)
 
     def import_file(self) -> None:
         """Store the posts of a file."""
-        import pipeline
-
         path, started = self.arguments["--from"], time.monotonic()
         with pipeline.open_file(path) as file, self.open_database() as database:
             batches = pipeline.read_file(file, self.names)
@@ -559,49 +469,40 @@ class Run:
         self, database: "Database", batches: "Iterable[Batch]", what: str, standing: "Tell"
     ) -> None:
         """Run the pipeline: posts, rows, transactions; and say how it goes."""
-        import gc
         import json
 
-        import pipeline
-
-        gc.enable()
         pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
-        progress = Progress(standing)
+        progress, transform = Progress(standing), pipeline.transform
         if not (self.arguments["--quiet"] or self.arguments["--print"]):
             self.console.live(progress.line)
         try:
             for batch in batches:
-                rows = [pipeline.transform(post, self.fields) for post in batch.posts]
+                rows = [transform(post, self.fields) for post in batch.posts]
                 if self.arguments["--print"]:
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                     say("".join(lines), self.signals)
                 stored = pipeline.load(database, rows, batch.cursors, batch.gaps)
-                progress.add(stored, rows, batch)
+                progress.add(stored, batch)
         finally:
             self.console.close()
-            gaps = counted(progress.gaps, "gap")
-            pipeline.log.info("%s posts stored, %s", f"{progress.stored:,}", gaps)
+            pipeline.log.info("%s", f"{progress.stored:,} posts stored, {progress.gaps:,} gaps")
 
     def show_status(self) -> None:
         """Print what is stored of each name. Raises Failed if one was not polled lately."""
-        import pipeline
-
         now = int(time.time())
         survey = pipeline.survey(self.path, now // 86400 - 13)
         known = {cursor.subreddit: cursor for cursor in survey.cursors}
         names = sorted(known) if not self.names or "all" in self.names else self.names
         cursors = [known.get(name) or pipeline.Cursor(name, 0, 0, 0) for name in names]
         count, gaps = sum(survey.posts["all"].values()), len(survey.gaps)
-        total = f"{count:,} posts, {counted(gaps, 'gap')}, {survey.size / 1e6:,.1f} MB in all"
+        total = f"{count:,} posts, {gaps:,} gaps, {survey.size / 1e6:,.1f} MB in all"
         say("\n".join([*status_table(survey, cursors, now), total, ""]), self.signals)
         stale = [cursor.subreddit for cursor in cursors if cursor.polled_utc < now - 3600]
         if stale:
             raise pipeline.Failed(f"{pipeline.several(stale)}: not polled within the last hour")
 
 
-def run(
-    argv: "list[str]", environ: "Mapping[str, str]", signals: Signals, console: Console
-) -> None:
+def run(argv: "list[str]", signals: Signals, console: Console) -> None:
     """Do what the command line asks for."""
     if {"-h", "--help", "--version"} & set(argv):
         say(f"redpipe {VERSION}\n" if "--version" in argv else USAGE, signals)
@@ -614,28 +515,18 @@ def run(
     elif arguments["--from"] is not None:
         run.import_file()
     else:
-        run.follow(environ)
-
-
-def redpipe_error() -> "type[RedpipeError]":
-    """Import late what is caught: --help needs no pipeline."""
-    from pipeline import RedpipeError
-
-    return RedpipeError
+        run.follow()
 
 
 def main(argv: "list[str]") -> int:
     """Run the program and return its exit status; a signal ends the process later on."""
-    import gc
-
-    gc.disable()  # imports create no garbage; not looking for it saves 5 % of startup
     signals = Signals()
     console = Console(sys.stderr)
     try:
         signals.listen()
         try:
-            run(argv, os.environ, signals, console)
-        except redpipe_error() as error:
+            run(argv, signals, console)
+        except pipeline.RedpipeError as error:
             signals.check()
             console.write(f"redpipe: {error}")
             return error.exit_status
