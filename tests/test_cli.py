@@ -445,7 +445,10 @@ def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, f
     assert done == (
         -signal.SIGTERM,
         "",
-        "redpipe: Connection refused; trying again\nredpipe: Reddit answers again\n",
+        (
+            "redpipe: r/python: Connection refused; will keep trying\n"
+            "redpipe: r/python can be read again\n"
+        ),
     )
 
 
@@ -489,15 +492,15 @@ def give_up(access: pipeline.Access, fetch: NoNetwork, path: Path) -> pipeline.F
 def test_a_single_run_has_two_minutes_of_patience_and_tries_at_their_end(database):
     fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
     failed = give_up(pipeline.Access(client_id="app-id"), fetch, database)
-    assert (str(failed), failed.exit_status) == ("no route to host", 75)
+    assert (str(failed), failed.exit_status) == ("r/python: no route to host", 75)
     assert fetch.tries[-1] == pytest.approx(120, abs=0.01)
-    assert max(b - a for a, b in pairwise(fetch.tries)) <= 6
+    assert max(b - a for a, b in pairwise(fetch.tries)) <= 60
     assert query(database, "SELECT count(*) FROM cursors") == [(0,)]
 
 
 def test_waiting_for_the_budget_is_no_failure_but_ends_too(database):
     fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
-    assert str(give_up(pipeline.Access(), fetch, database)) == "no route to host"
+    assert str(give_up(pipeline.Access(), fetch, database)) == "r/python: no route to host"
     assert all(b - a >= 60 for a, b in zip(fetch.tries, fetch.tries[10:], strict=False))
     assert 120 <= fetch.tries[-1] <= 600
 
@@ -718,9 +721,9 @@ def start_on(
     return process
 
 
-FIRST = "redpipe: following r/python from 127.0.0.1 with an app into posts.db; Ctrl-C stops it"
+FIRST = "redpipe: following r/python from {} with an app into posts.db; Ctrl-C stops it"
 LINE = (
-    r"redpipe: 150 posts stored, [\d.]+/s, newest (\d+) (s|min) ago,"
+    r"redpipe: 150 posts stored, newest (\d+) (s|min) ago,"
     r" (\w[^,]*), \d+ requests left"
 )
 
@@ -734,15 +737,14 @@ def test_a_terminal_shows_first_what_is_done_last_what_was_stored_and_between_a_
     wait_for(lambda: b"150 posts stored" in terminal.read())
     redpipe.stop(process)
     (first, line, last, after) = terminal.screen()
-    assert first == FIRST
+    assert first == FIRST.format(fake_reddit.url)
     assert re.fullmatch(LINE, line)
     assert (last, after) == ("redpipe: 150 posts stored, 0 gaps", "")
 
 
 def shown_lines(terminal: Terminal) -> list[str]:
     """Give every state of the line that was drawn."""
-    drawn = [line.rstrip() for line in re.split(r"[\r\n]+", terminal.read().decode())]
-    return drawn[::2]  # each is drawn over blanks, and once more
+    return [line.rstrip() for line in re.split(r"[\r\n]+", terminal.read().decode()) if line]
 
 
 def test_the_line_lives_while_a_request_hangs(redpipe, fake_reddit, terminal):
@@ -771,18 +773,8 @@ def test_the_line_lives_while_a_pipe_gives_nothing(redpipe, terminal):
     redpipe.stop(process)
     first, line, last, after = terminal.screen()
     assert first == "redpipe: reading - into posts.db; Ctrl-C stops it"
-    assert line == "redpipe: 0 posts stored, 0.0/s, reading"
+    assert line == "redpipe: 0 posts stored, 0 MB read"
     assert (last, after) == ("redpipe: 0 posts stored, 0 gaps", "")
-
-
-def test_a_catch_up_is_no_rate_of_posting(redpipe, fake_reddit, terminal):
-    now = int(time.time())
-    for n in range(600):
-        fake_reddit.add(make_post(n, now - 3000 + 5 * n))
-    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
-    wait_for(lambda: b"600 posts stored" in terminal.read())
-    redpipe.stop(process)
-    assert "redpipe: 600 posts stored, 0.2/s, newest " in terminal.screen()[1]
 
 
 def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, terminal):
@@ -793,7 +785,7 @@ def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, 
     wait_for(lambda: b"r/python" in terminal.read().partition(b"Ctrl-C")[2])
     redpipe.stop(process)
     first, message, *line, last, after = terminal.screen()
-    assert first == FIRST
+    assert first == FIRST.format(fake_reddit.url)
     assert re.fullmatch(r"redpipe: r/python [^\n]*private[^\n]*", message)
     assert line[-1].startswith("redpipe: 3 posts stored, ")
     assert (last, after) == ("redpipe: 3 posts stored, 0 gaps", "")
@@ -803,12 +795,12 @@ def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, 
     ("width", "shown"),
     [
         (12, r"redpipe: 3 "),
-        (30, r"redpipe: 3 posts stored"),
-        (60, r"redpipe: 3 posts stored, \S+, newest \d+ s ago"),
-        (120, r"redpipe: 3 posts stored, \S+, newest \d+ s ago, \w[^,]*, \d+ requests left"),
+        (30, r"redpipe: 3 posts stored, newe"),
+        (44, r"redpipe: 3 posts stored, newest \d+ s ago, \w+"),
+        (120, r"redpipe: 3 posts stored, newest \d+ s ago, \w[^,]*, \d+ requests left"),
     ],
 )
-def test_a_narrow_terminal_gets_as_many_parts_of_the_line_as_fit(
+def test_a_narrow_terminal_gets_as_much_of_the_line_as_fits(
     redpipe, fake_reddit, terminal, width, shown
 ):
     add_posts(fake_reddit, range(997, 1000))
@@ -851,7 +843,7 @@ def test_a_notice_is_for_terminals(redpipe, fake_reddit, terminal, database):
     process = start_on(terminal, redpipe, "--once", "posts.db", "python")
     assert process.wait(20) == 0
     first, notice, *_ = terminal.screen()
-    assert first.startswith("redpipe: polling r/python from 127.0.0.1 with no credentials into ")
+    assert first.startswith(f"redpipe: polling r/python from {fake_reddit.url} with no credentials")
     assert notice.startswith("redpipe: Reddit blocks anonymous JSON (403); taking the feed")
     database.unlink()
     assert redpipe("--once", "posts.db", "python") == (0, "", "")
@@ -882,7 +874,7 @@ def test_control_characters_of_reddit_never_reach_a_terminal(
     process = start_on(terminal, redpipe, "-v", "--once", "posts.db", "python")
     assert process.wait(20) == 69
     shown = terminal.read().decode()
-    assert "owned" in shown
+    assert "redpipe: r/python cannot be read" in shown
     assert not set("\x1b\x07\x9b\u202e\x00\x7f") & set(shown)
     assert "\nsecond" not in shown
 

@@ -22,7 +22,7 @@ FAR = {"REDPIPE_URL": "https://reddit.invalid"}
 NO_PROXY_FORM = "not of the form http(s)://host:port; SOCKS is not spoken"
 NO_CERTIFICATE = "not a file or folder that holds a certificate"
 
-PROXY_NAMES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"]
+PROXY_NAMES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
 BAD_PROXIES = {
     "SOCKS": "socks5h://user:pa55word@127.0.0.1:1080",
     "an old SOCKS": "socks4://127.0.0.1:1080",
@@ -84,6 +84,13 @@ def test_a_socks_proxy_for_all_is_no_matter_beside_one_that_is_used(all_proxy, h
     assert access(**environ).url == ""
 
 
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
+def test_a_proxy_for_plain_http_matters_to_plain_http_only(name):
+    assert access(**{name: "socks5://127.0.0.1:1080"}).url == ""
+    with pytest.raises(BadEnvironment, match=f"^{name}: "):
+        access(REDPIPE_URL="http://reddit.invalid", **{name: "socks5://127.0.0.1:1080"})
+
+
 @pytest.mark.parametrize("exempt", ["*", "reddit.com", ".reddit.com", "a.invalid, www.reddit.com"])
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
 def test_a_proxy_that_no_proxy_leaves_unused_is_no_matter(name, exempt):
@@ -121,10 +128,10 @@ def test_no_proxy_is_respected_by_requests_too(redpipe, tmp_path):
             "REDPIPE_URL": "https://0.0.0.0:9",
         }
         process = redpipe.start("-v", tmp_path / "posts.db", "python", **environment)
-        lines = [process.stderr.readline() for _ in range(2)]
+        lines = [process.stderr.readline() for _ in range(3)]
         redpipe.stop(process)
     assert asked == []
-    assert lines[0] == "redpipe: asking for /r/python/new/.json\n"
+    assert lines[1] == "redpipe: asking for /r/python/new/.json\n"
 
 
 # Certificates

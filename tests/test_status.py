@@ -46,6 +46,15 @@ def today():
     return int(time.time()) // DAY * DAY
 
 
+TABLE = """\
+name                   since      until               poll      posts gaps     span last 14 days
+python                 2024-09-14 2024-10-04 11:59    12 s         32    2   50 min █▂▁▁▁▁▁▁!▁▁▅!▃
+rust                   2024-09-30 2024-10-02 00:00    36 h         17    0          ·········▁▅█▁·
+all                    2024-10-04 2024-10-04 11:59     0 s         51    0          ·············▄
+go                     -          -                  never          1    0          ··············
+"""
+
+
 def test_it_shows_each_name_in_a_table(program, database):
     now = TODAY + DAY // 2
     posts = [
@@ -67,13 +76,7 @@ def test_it_shows_each_name_in_a_table(program, database):
     ]
     gaps = [("python", TODAY - 5 * DAY, TODAY - 5 * DAY + 3000), ("python", TODAY - 90, TODAY - 80)]
     fill(database, posts, cursors, gaps)
-    assert table(program, database, ["python", "rust", "all", "go"], now) == [
-        "name    since       until              poll  posts  gaps    span  last 14 days",
-        "python  2024-09-14  2024-10-04 11:59   12 s     32     2  50 min  █▂▁▁▁▁▁▁!▁▁▅!▃",
-        "rust    2024-09-30  2024-10-02 00:00   36 h     17     0          ·········▁▅█▁·",
-        "all     2024-10-04  2024-10-04 11:59    0 s     51     0          ·············▄",
-        "go      -           -                 never      1     0          ··············",
-    ]
+    assert table(program, database, ["python", "rust", "all", "go"], now) == TABLE.splitlines()
 
 
 def table(program, database, names, now):
@@ -94,11 +97,11 @@ def test_it_is_at_most_100_columns_wide_and_cuts_names_only(program, database):
         [(name, 100, now - 300 * DAY)],
     )
     heading, line = table(program, database, [name], now)
-    assert len(line) == 100
+    assert len(line) <= 100
     assert len(heading) <= 100
-    assert line.startswith("a_rather_long_name_and_  1970")
-    assert line.endswith(
-        "  1970-01-01  2024-10-04 00:00  83 min  1,234     1  19,699 d  ▁▁▁▁▁▁▁▁▁▁▁▁▁█"
+    assert line == (
+        "a_rather_long_name_and 1970-01-01 2024-10-04 00:00"
+        "  83 min      1,234    1 19,699 d ▁▁▁▁▁▁▁▁▁▁▁▁▁█"
     )
 
 
