@@ -318,6 +318,8 @@ def open_network() -> "pipeline.Fetch":
     import tempfile
 
     try:
+        with tempfile.TemporaryFile() as file:  # a full disk would cut them off in silence
+            file.write(bytes(2**19))
         return pipeline.http_fetch()
     except OSError as exc:
         raise pipeline.StorageFailed(
@@ -385,8 +387,7 @@ class Progress:
         self.newest = max([self.newest, *(cursor.newest_utc for cursor in batch.cursors)])
 
     def line(self) -> str:
-        age = duration(time.time() - self.newest)
-        newest = f"newest {age} ago, " if self.newest else ""
+        newest = f"newest {duration(time.time() - self.newest)} ago, " if self.newest else ""
         return f"redpipe: {self.stored:,} posts stored, {newest}{self.standing()}"
 
 
@@ -448,8 +449,7 @@ class Run:
             reddit = pipeline.Reddit(access, open_network())
         with self.open_database() as database:
             batches = pipeline.stream(reddit, names, database, interval=self.interval, once=once)
-            verb = "polling" if once else "following"
-            what = f"{verb} {pipeline.several(names)} {source_of(access)}"
+            what = f"{'polling' if once else 'following'} {pipeline.several(names)} {source_of(access)}"
             self.store(database, batches, what, lambda: standing(reddit))
 
     def open_database(self) -> "Database":
