@@ -445,11 +445,12 @@ class Run:
         """Store what is new on Reddit."""
         access, names = read_access(os.environ), self.names or ["all"]
         once = self.arguments["--once"]
+        verb = "polling" if once else "following"
         with self.signals.held():  # an import that was broken off would leave its file behind
             reddit = pipeline.Reddit(access, open_network())
         with self.open_database() as database:
             batches = pipeline.stream(reddit, names, database, interval=self.interval, once=once)
-            what = f"{'polling' if once else 'following'} {pipeline.several(names)} {source_of(access)}"
+            what = f"{verb} {pipeline.several(names)} {source_of(access)}"
             self.store(database, batches, what, lambda: standing(reddit))
 
     def open_database(self) -> "Database":

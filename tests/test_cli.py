@@ -724,7 +724,7 @@ def start_on(
 FIRST = "redpipe: following r/python from {} with an app into posts.db; Ctrl-C stops it"
 LINE = (
     r"redpipe: 150 posts stored, newest (\d+) (s|min) ago,"
-    r" (\w[^,]*), \d+ requests left"
+    r" (\w.*), \d+ requests left"
 )
 
 
