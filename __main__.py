@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
     import pipeline
-    from pipeline import Batch, Cursor, Database, Survey
+    from pipeline import Batch, Cursor, Database, Row, Survey
 
     Span = tuple[int, int]
     Tell = Callable[[], str]
@@ -346,16 +346,19 @@ def share_done(file: "Any", seconds: float) -> str:
     It looks at two numbers only, so a thread may call it at any time, even on a closed file.
     """
     size, taken = file.raw.size, file.raw.taken  # of a CountingFile
+    speed = f"{taken / 1e6 / max(seconds, 0.1):,.0f} MB/s"
     if not 0 < taken <= size:  # a pipe, or a file that grows
-        return f"{taken / 1e6:,.0f} MB read"
+        return f"{taken / 1e6:,.0f} MB read, {speed}"
     left = duration(seconds * (size - taken) / taken)
-    return f"{100 * taken // size} % of {size / 1e6:,.0f} MB read, {left} left"
+    return f"{100 * taken // size} % of {size / 1e6:,.0f} MB read, {speed}, {left} left"
 
 
 def source_of(access: "pipeline.Access") -> str:
+    from urllib.parse import urlsplit
+
     credentials = "a feed token" if access.feed_token else "no credentials"
     credentials = "an app" if access.client_id else credentials
-    return f"from {access.url or 'Reddit'} with {credentials}"
+    return f"from {urlsplit(access.url).hostname or 'Reddit'} with {credentials}"
 
 
 def standing(reddit: "pipeline.Reddit") -> str:
@@ -374,21 +377,34 @@ def duration(seconds: float) -> str:
     return f"{max(0, int(seconds)) // size:,} {unit}"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class Progress:
-    """What came to be stored, and how old the newest post is."""
+    """What came to be stored, how old the newest post is, and how many come a minute.
+
+    That is by the times of the last five minutes' posts: how fast one catches up tells nothing.
+    """
 
     def __init__(self, standing: "Tell") -> None:
         self.standing = standing
         self.stored = self.gaps = self.newest = 0
+        self.recent: list[int] = []
 
-    def add(self, stored: int, batch: "Batch") -> None:
+    def add(self, stored: int, rows: "Sequence[Row]", batch: "Batch") -> None:
         self.stored += stored
         self.gaps += len(batch.gaps)
-        self.newest = max([self.newest, *(cursor.newest_utc for cursor in batch.cursors)])
+        for cursor in batch.cursors:
+            self.newest = max(self.newest, cursor.newest_utc)
+            self.recent += [row["created_utc"] or 0 for row in rows]
 
     def line(self) -> str:
-        newest = f"newest {duration(time.time() - self.newest)} ago, " if self.newest else ""
-        return f"redpipe: {self.stored:,} posts stored, {newest}{self.standing()}"
+        now, seen = time.time(), ""
+        if self.newest:
+            self.recent = [at for at in self.recent if at > now - 300]
+            seen = f"{len(self.recent) / 5:,.1f}/min, newest {duration(now - self.newest)} ago, "
+        return f"redpipe: {counted(self.stored, 'post')} stored, {seen}{self.standing()}"
 
 
 ROW = "{:22.22} {:10} {:16} {:>7} {:>10} {:>4} {:>8} {}"  # at most 100 columns
@@ -483,10 +499,11 @@ class Run:
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                     say("".join(lines), self.signals)
                 stored = pipeline.load(database, rows, batch.cursors, batch.gaps)
-                progress.add(stored, batch)
+                progress.add(stored, rows, batch)
         finally:
             self.console.close()
-            pipeline.log.info("%s", f"{progress.stored:,} posts stored, {progress.gaps:,} gaps")
+            posts, gaps = counted(progress.stored, "post"), counted(progress.gaps, "gap")
+            pipeline.log.info("%s stored, %s", posts, gaps)
 
     def show_status(self) -> None:
         """Print what is stored of each name. Raises Failed if one was not polled lately."""
@@ -496,7 +513,8 @@ class Run:
         names = sorted(known) if not self.names or "all" in self.names else self.names
         cursors = [known.get(name) or pipeline.Cursor(name, 0, 0, 0) for name in names]
         count, gaps = sum(survey.posts["all"].values()), len(survey.gaps)
-        total = f"{count:,} posts, {gaps:,} gaps, {survey.size / 1e6:,.1f} MB in all"
+        sums = f"{counted(count, 'post')}, {counted(gaps, 'gap')}"
+        total = f"{sums}, {survey.size / 1e6:,.1f} MB in all"
         say("\n".join([*status_table(survey, cursors, now), total, ""]), self.signals)
         stale = [cursor.subreddit for cursor in cursors if cursor.polled_utc < now - 3600]
         if stale:

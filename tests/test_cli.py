@@ -723,7 +723,7 @@ def start_on(
 
 FIRST = "redpipe: following r/python from {} with an app into posts.db; Ctrl-C stops it"
 LINE = (
-    r"redpipe: 150 posts stored, newest (\d+) (s|min) ago,"
+    r"redpipe: 150 posts stored, [\d.]+/min, newest (\d+) (s|min) ago,"
     r" (\w.*), \d+ requests left"
 )
 
@@ -773,8 +773,20 @@ def test_the_line_lives_while_a_pipe_gives_nothing(redpipe, terminal):
     redpipe.stop(process)
     first, line, last, after = terminal.screen()
     assert first == "redpipe: reading - into posts.db; Ctrl-C stops it"
-    assert line == "redpipe: 0 posts stored, 0 MB read"
+    assert line == "redpipe: 0 posts stored, 0 MB read, 0 MB/s"
     assert (last, after) == ("redpipe: 0 posts stored, 0 gaps", "")
+
+
+def test_a_catch_up_is_no_rate_of_posting(redpipe, fake_reddit, terminal):
+    now = int(time.time())
+    for n in range(600):
+        fake_reddit.add(make_post(n, now - 3000 + 5 * n))
+    process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
+    wait_for(lambda: b"600 posts stored" in terminal.read())
+    redpipe.stop(process)
+    rate = re.search(r"600 posts stored, ([\d.]+)/min, newest ", terminal.screen()[1])
+    assert rate
+    assert 11.0 <= float(rate[1]) <= 12.0  # one in five seconds
 
 
 def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, terminal):
@@ -795,9 +807,9 @@ def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, 
     ("width", "shown"),
     [
         (12, r"redpipe: 3 "),
-        (30, r"redpipe: 3 posts stored, newe"),
-        (44, r"redpipe: 3 posts stored, newest \d+ s ago, \w+"),
-        (120, r"redpipe: 3 posts stored, newest \d+ s ago, \w[^,]*, \d+ requests left"),
+        (30, r"redpipe: 3 posts stored, 0.6/"),
+        (57, r"redpipe: 3 posts stored, 0.6/min, newest \d+ s ago, \w+"),
+        (120, r"redpipe: 3 posts stored, 0.6/min, newest \d+ s ago, \w[^,]*, \d+ requests left"),
     ],
 )
 def test_a_narrow_terminal_gets_as_much_of_the_line_as_fits(

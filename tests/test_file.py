@@ -696,15 +696,15 @@ def test_a_file_needs_no_sensible_environment(redpipe, file, database):
 @pytest.mark.parametrize(
     ("size", "taken", "seconds", "said"),
     [
-        (0, 0, 0.0, "0 MB read"),
-        (0, 123_456_789, 10.0, "123 MB read"),
-        (0, 140_000_000_000, 600.0, "140,000 MB read"),
-        (1_000_000_000, 0, 0.0, "0 MB read"),
-        (1_000_000_000, 250_000_000, 1.0, "25 % of 1,000 MB read, 3 s left"),
-        (140_000_000_000, 14_000_000_000, 20.0, "10 % of 140,000 MB read, 3 min left"),
-        (140_000_000_000, 139_999_999_999, 200.0, "99 % of 140,000 MB read, 0 s left"),
-        (1_000_000, 1_000_000, 0.0, "100 % of 1 MB read, 0 s left"),
-        (1_000_000, 2_000_000, 1.0, "2 MB read"),
+        (0, 0, 0.0, "0 MB read, 0 MB/s"),
+        (0, 123_456_789, 10.0, "123 MB read, 12 MB/s"),
+        (0, 140_000_000_000, 600.0, "140,000 MB read, 233 MB/s"),
+        (1_000_000_000, 0, 0.0, "0 MB read, 0 MB/s"),
+        (1_000_000_000, 250_000_000, 1.0, "25 % of 1,000 MB read, 250 MB/s, 3 s left"),
+        (140_000_000_000, 14_000_000_000, 20.0, "10 % of 140,000 MB read, 700 MB/s, 3 min left"),
+        (140_000_000_000, 139_999_999_999, 200.0, "99 % of 140,000 MB read, 700 MB/s, 0 s left"),
+        (1_000_000, 1_000_000, 0.0, "100 % of 1 MB read, 10 MB/s, 0 s left"),
+        (1_000_000, 2_000_000, 1.0, "2 MB read, 2 MB/s"),
     ],
 )
 def test_progress_tells_what_was_read_and_of_a_file_share_and_time_left(
@@ -778,7 +778,7 @@ def test_a_terminal_shows_share_done_and_time_left(redpipe, file, database):
         os.close(ours)
     assert process.wait(10) == 0
     lines = re.findall(
-        r"redpipe: ([\d,]+) posts stored, (\d+) % of 3 MB read, \d+ s left",
+        r"redpipe: ([\d,]+) posts stored, (\d+) % of 3 MB read, \d+ MB/s, \d+ s left",
         shown.decode(),
     )
     counts = [int(stored.replace(",", "")) for stored, _ in lines]
