@@ -635,7 +635,7 @@ def url_path(url: str) -> str:
 
 
 def number(text: str | None) -> float | None:
-    """Give a header's finite number."""
+    """Return a header's finite number."""
     try:
         value = float(text or "")
     except ValueError:
@@ -644,11 +644,11 @@ def number(text: str | None) -> float | None:
 
 
 def retry_after(text: str | None, utc: float) -> float | None:
-    """Give the seconds of a Retry-After, which may be a date (RFC 9110, 10.2.3)."""
+    """Return the seconds of a Retry-After, one at least; it may be a date (RFC 9110, 10.2.3)."""
     seconds = number(text)
     if seconds is None and text and (date := http_date(text)) is not None:
         seconds = date - utc
-    return seconds
+    return None if seconds is None else max(1.0, seconds)
 
 
 # --- Pacing -------------------------------------------------------------------
@@ -782,8 +782,9 @@ class Budget(NamedTuple):
             if isinstance(known, Assumed):  # a 429 in a window that is known is not about it
                 known = known.halve(now)
             pause = 2.0 ** min(refusals, 6) if isinstance(known, Window) else 1.0 / known.rate(now)
-            wait = max(wait, pause) if refusals > 1 else wait or pause  # advice can be too short
-        not_before = now + min(max(1.0, wait), LONGEST_ADVICE) if wait else self.not_before
+            # Good advice is taken once; a second 429 shows that it was too short.
+            wait = wait if refusals == 1 and wait > 1 else max(wait, pause)
+        not_before = now + min(wait, LONGEST_ADVICE) if wait else self.not_before
         return Budget(known, not_before, refusals)
 
 

@@ -80,6 +80,9 @@ class Nothing:
     def cursor(self, name):
         return None
 
+    def rates(self):
+        return {}
+
     def unstored(self, posts):
         return list(posts)
 
@@ -1009,7 +1012,7 @@ def test_once_waits_8_minutes_for_the_budget(offline, clock):
 
 def test_once_does_not_wait_longer_than_8_minutes_for_the_budget(offline, clock):
     offline.script(too_many(retry_after="300"), too_many(retry_after="181"))
-    with pytest.raises(Failed, match="budget") as caught:
+    with pytest.raises(Failed, match="allows no request") as caught:
         follow_once(offline, clock)
     assert caught.value.exit_status == 75
     assert clock.now - NOW == 300
@@ -1136,7 +1139,12 @@ ENDS = {
     ),
     "no budget": (
         lambda fake: fake.script(too_many(retry_after="900")),
-        (75, "", "redpipe: Reddit's budget is used up for 900 s more\n"),
+        (
+            75,
+            "",
+            "redpipe: r/python: Reddit allows no request for 900 s more; "
+            "it answered nothing but 429 (too many requests)\n",
+        ),
     ),
 }
 
