@@ -1142,8 +1142,10 @@ ENDS = {
         (
             75,
             "",
-            "redpipe: r/python: Reddit allows no request for 900 s more; "
-            "it answered nothing but 429 (too many requests)\n",
+            (
+                "redpipe: r/python: Reddit allows no request for 900 s more; "
+                "it answered nothing but 429 (too many requests)\n"
+            ),
         ),
     ),
 }
