@@ -486,8 +486,10 @@ class Run:
         self, database: "Database", batches: "Iterable[Batch]", what: str, standing: "Tell"
     ) -> None:
         """Run the pipeline: posts, rows, transactions; and say how it goes."""
+        import gc
         import json
 
+        gc.enable()
         pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
         progress, transform = Progress(standing), pipeline.transform
         if not (self.arguments["--quiet"] or self.arguments["--print"]):
@@ -539,6 +541,9 @@ def run(argv: "list[str]", signals: Signals, console: Console) -> None:
 
 def main(argv: "list[str]") -> int:
     """Run the program and return its exit status; a signal ends the process later on."""
+    import gc
+
+    gc.disable()  # imports create no garbage; not looking for it saves 5 % of a start
     signals = Signals()
     console = Console(sys.stderr)
     try:
