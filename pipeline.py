@@ -1341,7 +1341,7 @@ class Follower:
         self.followed = len(names)
         rates = memory.rates()
         self.listings = [
-            Listing(name, memory.cursor(name), rates.get(name, 0.0), asker.clock) for name in names
+            Listing(one, memory.cursor(one), rates.get(one, 1 / 3600), asker.clock) for one in names
         ]
         self.paid_until = -math.inf  # the last walk uses up the budget's share until then
         self.lost: list[str] = []  # what is wrong with names that cannot be read
