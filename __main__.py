@@ -57,6 +57,9 @@ Options:
                       May be repeated.
   --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
   --print             Also write each new post to standard output, as a line of JSON.
+  --recheck=HOURS     Ask Reddit again about the posts that it was last asked about HOURS
+                      ago or earlier, erase what was deleted there, refresh the
+                      fields, then exit.
   --status            Show what is stored and how complete it is, then exit.
   -q, --quiet         Say errors only.
   -v, --verbose       Say what every poll did.
@@ -67,7 +70,8 @@ Credentials come from the environment: see Credentials in README.
 """
 
 CONFLICTS = {  # none of the second goes with the first
-    "--from": ("--once", "--status", "--interval", "--print"),
+    "--from": ("--once", "--recheck", "--status", "--interval", "--print"),
+    "--recheck": ("--once", "--status", "--interval", "--print"),
     "--status": ("--once", "--interval", "--print", "--field"),
     "--quiet": ("--verbose",),
 }
@@ -120,8 +124,11 @@ class Signals:
     def die(self) -> None:
         """End the process by the signal that came, when all exit handlers have run."""
         if self.number:
+            # Python complains of one that comes while its handler is being replaced.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [self.number])
             signal.signal(self.number, signal.SIG_DFL)
             os.kill(os.getpid(), self.number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self.number])
 
 
 class Console:
@@ -240,13 +247,15 @@ def parse_subreddits(arguments: "list[str]") -> "list[str]":
     return list(dict.fromkeys(names))
 
 
-def parse_interval(text: "str | None") -> float:
-    """Read --interval, in seconds."""
+def parse_number(
+    arguments: "dict[str, Any]", option: str, default: float, bounds: "tuple[float, float]"
+) -> float:
+    """Read an option's number: of seconds, or of hours. Raises BadUsage."""
+    text = default if arguments[option] is None else arguments[option]
     with suppress(ValueError):
-        seconds = 25.0 if text is None else float(text)
-        if 1 <= seconds <= 3600:
-            return seconds
-    raise pipeline.BadUsage(f"--interval={text}: not a number of seconds from 1 to 3600")
+        if bounds[0] <= float(text) <= bounds[1]:
+            return float(text)
+    raise pipeline.BadUsage(f"{option}={text}: not a number from {bounds[0]} to {bounds[1]}")
 
 
 def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
@@ -406,6 +415,9 @@ class Progress:
             seen = f"{len(self.recent) / 5:,.1f}/min, newest {duration(now - self.newest)} ago, "
         return f"redpipe: {counted(self.stored, 'post')} stored, {seen}{self.standing()}"
 
+    def result(self) -> str:
+        return f"{counted(self.stored, 'post')} stored, {counted(self.gaps, 'gap')}"
+
 
 ROW = "{:22.22} {:10} {:16} {:>7} {:>10} {:>4} {:>8} {}"  # at most 100 columns
 
@@ -455,19 +467,23 @@ class Run:
             raise pipeline.BadUsage("missing <database>; see redpipe.pyz --help")
         self.names = parse_subreddits([name for name in arguments["<subreddit>"] if name != "--"])
         self.fields = pipeline.parse_fields(arguments["--field"])
-        self.interval = parse_interval(arguments["--interval"])
+        self.interval = parse_number(arguments, "--interval", 25, (1, 3600))
+        self.hours = parse_number(arguments, "--recheck", 0, (0, 1_000_000))
 
     def follow(self) -> None:
         """Store what is new on Reddit."""
         access, names = read_access(os.environ), self.names or ["all"]
         once = self.arguments["--once"]
         verb = "polling" if once else "following"
-        with self.signals.held():  # an import that was broken off would leave its file behind
-            reddit = pipeline.Reddit(access, open_network())
+        reddit = self.open_reddit(access)
         with self.open_database() as database:
             batches = pipeline.stream(reddit, names, database, interval=self.interval, once=once)
             what = f"{verb} {pipeline.several(names)} {source_of(access)}"
             self.store(database, batches, what, lambda: standing(reddit))
+
+    def open_reddit(self, access: "pipeline.Access") -> "pipeline.Reddit":
+        with self.signals.held():  # an import that was broken off would leave its file behind
+            return pipeline.Reddit(access, open_network())
 
     def open_database(self) -> "Database":
         return pipeline.Database(self.path, self.fields, shield=self.signals.held)
@@ -486,15 +502,10 @@ class Run:
         self, database: "Database", batches: "Iterable[Batch]", what: str, standing: "Tell"
     ) -> None:
         """Run the pipeline: posts, rows, transactions; and say how it goes."""
-        import gc
         import json
 
-        gc.enable()
-        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
         progress, transform = Progress(standing), pipeline.transform
-        if not (self.arguments["--quiet"] or self.arguments["--print"]):
-            self.console.live(progress.line)
-        try:
+        with self.told(what, progress.line, progress.result):
             for batch in batches:
                 rows = [transform(post, self.fields) for post in batch.posts]
                 if self.arguments["--print"]:
@@ -502,10 +513,47 @@ class Run:
                     say("".join(lines), self.signals)
                 stored = pipeline.load(database, rows, batch.cursors, batch.gaps)
                 progress.add(stored, rows, batch)
+
+    def recheck(self) -> None:
+        """Ask about stored posts again, erase what was deleted and refresh the fields."""
+        import random
+        from collections import Counter
+
+        access = read_access(os.environ)
+        if not access.client_id:
+            raise pipeline.BadEnvironment("--recheck needs an app; see README, Credentials")
+        pipeline.check_exists(self.path)
+        reddit, counts = self.open_reddit(access), Counter[str]()
+
+        def line() -> str:
+            done = "{asked:,} of {due:,} asked, {erased:,} erased".format_map(counts)
+            return f"redpipe: {done}, {standing(reddit)}"
+
+        def result() -> str:
+            told = "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased"
+            return told.format_map(counts)
+
+        with self.open_database() as database:
+            asker = pipeline.Asker(reddit, once=True, chance=random.random, modest=True)
+            what = f"asking {source_of(access)} again about the posts"
+            with self.told(what, line, result):
+                for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):
+                    counts.update(part)
+
+    @contextmanager
+    def told(self, what: str, line: "Tell", result: "Tell") -> "Iterator[None]":
+        """Say how it goes: at the beginning, all the time, and at the end."""
+        import gc
+
+        gc.enable()
+        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
+        if not (self.arguments["--quiet"] or self.arguments["--print"]):
+            self.console.live(line)
+        try:
+            yield
         finally:
             self.console.close()
-            posts, gaps = counted(progress.stored, "post"), counted(progress.gaps, "gap")
-            pipeline.log.info("%s stored, %s", posts, gaps)
+            pipeline.log.info("%s", result())
 
     def show_status(self) -> None:
         """Print what is stored of each name. Raises Failed if one was not polled lately."""
@@ -515,7 +563,9 @@ class Run:
         names = sorted(known) if not self.names or "all" in self.names else self.names
         cursors = [known.get(name) or pipeline.Cursor(name, 0, 0, 0) for name in names]
         count, gaps = sum(survey.posts["all"].values()), len(survey.gaps)
-        sums = f"{counted(count, 'post')}, {counted(gaps, 'gap')}"
+        sums = f"{counted(count, 'post')}, {survey.erased:,} erased, {counted(gaps, 'gap')}"
+        if survey.checked_utc:
+            sums += f", last recheck {duration(now - survey.checked_utc)} ago"
         total = f"{sums}, {survey.size / 1e6:,.1f} MB in all"
         say("\n".join([*status_table(survey, cursors, now), total, ""]), self.signals)
         stale = [cursor.subreddit for cursor in cursors if cursor.polled_utc < now - 3600]
@@ -535,6 +585,8 @@ def run(argv: "list[str]", signals: Signals, console: Console) -> None:
         run.show_status()
     elif arguments["--from"] is not None:
         run.import_file()
+    elif arguments["--recheck"] is not None:
+        run.recheck()
     else:
         run.follow()
 

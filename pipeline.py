@@ -62,6 +62,7 @@ BODY_LIMIT = 16 * 2**20  # bytes; of an answer and of a line
 
 PATIENCE = 120.0  # seconds --once goes on without one good answer
 BUDGET_PATIENCE = 480.0  # seconds --once waits for the budget in all
+MODEST_PATIENCE = 3600.0  # seconds --recheck waits for it between two answers
 LOCK_PATIENCE = 120.0  # seconds to wait for somebody else's lock
 
 log = logging.getLogger("redpipe")
@@ -690,6 +691,10 @@ class Window(NamedTuple):
         """Return how many requests may follow without waiting."""
         return max(0, int(self.current(now).remaining))
 
+    def most(self, _: float) -> int:
+        """Return how many requests may ever follow at once."""
+        return int(self.total)
+
     def rate(self, now: float) -> float:
         """Return the requests a second that the rest of the window carries, one at least."""
         current = self.current(now)
@@ -732,6 +737,9 @@ class Assumed(NamedTuple):
     def free(self, now: float) -> int:
         burst, seconds = self.quota(now)
         return max(0, burst - sum(at + seconds > now for at in self.sent))
+
+    def most(self, now: float) -> int:
+        return self.quota(now)[0]
 
     def rate(self, now: float) -> float:
         burst, seconds = self.quota(now)
@@ -988,6 +996,10 @@ class Reddit:
         """Return how many pages may be asked for without waiting."""
         return self.budget.free(self.clock.monotonic())
 
+    def half(self) -> int:
+        """Return how many requests are more than half of what the budget ever allows."""
+        return self.budget.known.most(self.clock.monotonic()) // 2 + 1
+
     def carries(self) -> float:
         """Return the requests a second that the budget carries."""
         return self.budget.known.rate(self.clock.monotonic())
@@ -998,20 +1010,34 @@ class Reddit:
         Raises what RULES say: Gone, Refused; AskAgain when it was no failure,
         and Failed for all that may pass.
         """
-        if self.source == OAUTH and self.clock.monotonic() >= self._token_ends:
-            self._renew_token()
-        page = self._page(name, after)
-        self._renewed, self._answered = False, name
+        page = self._get(name, {"limit": str(PAGE)} | ({"after": after} if after else {}))
         if page.things and not page.posts:
             if not after:
                 raise Failed("a listing without posts")
             return page._replace(after=None, things=0)
         return page
 
-    def _page(self, name: str, after: str | None) -> Page:
-        """Ask; what some answers mean depends on those before, or on what was asked with."""
+    def info(self, ids: Sequence[str]) -> dict[str, Post]:
+        """Ask about posts, PAGE at most, and return those that Reddit knows, by id.
+
+        It needs an app. Raises Failed, too, if more than half are left out.
+        """
         try:
-            page: Page = self._ask(self._listing_request(name, after), self.source)
+            page = self._get("", {"id": ",".join(f"t3_{one}" for one in ids)})
+        except Gone as exc:  # no word about a post
+            raise Failed(str(exc)) from exc
+        found = {post["id"]: post for post in page.posts}
+        known = len(found.keys() & ids)
+        if page.things > len(page.posts) or 2 * known < len(ids):
+            raise Failed(f"an answer that tells of {known} of {len(ids)} posts")
+        return found
+
+    def _get(self, name: str, params: dict[str, str]) -> Page:
+        """Ask; what some answers mean depends on those before, or on what was asked with."""
+        if self.source == OAUTH and self.clock.monotonic() >= self._token_ends:
+            self._renew_token()
+        try:
+            page: Page = self._ask(self._request(name, params), self.source)
         except NoJson as exc:
             self._take_feed(exc)
             raise
@@ -1029,6 +1055,7 @@ class Reddit:
             if self.access.feed_token:
                 raise Refused("Reddit answers the feed token with a login page") from exc
             raise
+        self._renewed, self._answered = False, name
         return page
 
     def _take_feed(self, exc: NoJson) -> None:
@@ -1047,10 +1074,10 @@ class Reddit:
             self.budget = self.budget.learn(answer, self.clock.monotonic(), utc)
         return judged(answer, source, read_value(answer.body, source, utc))
 
-    def _listing_request(self, name: str, after: str | None) -> Request:
+    def _request(self, name: str, params: dict[str, str]) -> Request:
+        """Return the request for a name's listing; without a name, for posts by their ids."""
         base = self.access.url or (OAUTH_URL if self.source == OAUTH else WWW_URL)
         end = {OAUTH: "new", JSON: "new/.json", FEED: "new/.rss"}[self.source]
-        params = {"limit": str(PAGE)}
         headers = {"User-Agent": self.access.user_agent}
         if self.source != FEED:
             params["raw_json"] = "1"  # or <, > and & come as entities
@@ -1058,9 +1085,8 @@ class Reddit:
             params |= {"feed": self.access.feed_token, "user": self.access.username}
         if self.source == OAUTH:
             headers["Authorization"] = f"bearer {self._token}"
-        if after:
-            params["after"] = after
-        return Request("GET", f"{base}/r/{name}/{end}", params, headers)
+        path = f"r/{name}/{end}" if name else "api/info"
+        return Request("GET", f"{base}/{path}", params, headers)
 
     def _renew_token(self) -> None:
         """Fetch an application-only token, good until shortly before it expires.
@@ -1239,17 +1265,22 @@ def backoff(failures: int, rate: float, chance: float) -> float:
 class Asker:
     """Asks until there is an answer: waits for the budget, and after failures.
 
-    With `once` its patience ends; then `exhausted` says why.
+    With `once` its patience ends; then `exhausted` says why. A `modest` one leaves half of
+    every window to others, and waits for it as long as a window may be.
     """
 
-    def __init__(self, reddit: Reddit, *, once: bool, chance: Callable[[], float]) -> None:
+    def __init__(
+        self, reddit: Reddit, *, once: bool, chance: Callable[[], float], modest: bool = False
+    ) -> None:
         self.reddit = reddit
         self.clock = reddit.clock
         self.once = once
+        self.modest = modest
         self.chance = chance
         self.answered = False  # ever
         self.outage_told = False  # since the last answer
         self.gives_up_at = self.clock.monotonic() + PATIENCE
+        self.budget_patience = MODEST_PATIENCE if modest else BUDGET_PATIENCE
         self.waited = 0.0  # seconds, for the budget
         self.exhausted = ""
 
@@ -1260,7 +1291,7 @@ class Asker:
         """
         failures = 0
         while True:
-            self.await_budget(1)
+            self.await_budget(self.reddit.half() if self.modest else 1)
             self.reddit.doing = Doing(what)
             try:
                 answer = ask()
@@ -1281,7 +1312,7 @@ class Asker:
     def await_budget(self, requests: int) -> None:
         """Wait until so many requests may follow at once."""
         while (seconds := self.reddit.wait_for(requests)) > 0:
-            if self.once and self.waited + seconds > BUDGET_PATIENCE:
+            if self.once and self.waited + seconds > self.budget_patience:
                 self.exhausted = f"Reddit allows no request for {seconds:.0f} s more"
                 if self.reddit.budget.refusals and not self.answered:
                     self.exhausted += "; it answered nothing but 429 (too many requests)"
@@ -1514,6 +1545,79 @@ def stream(
     follower.finish()
 
 
+# --- Asking again -------------------------------------------------------------
+
+# Whose wish it was that a post be gone: its author's, the law's, or Reddit's own. What a
+# moderator or a filter removed is not among them. (The Arctic Shift schemas list all.)
+TAKEN_DOWN = (
+    *("deleted", "author", "content_takedown", "copyright_takedown"),
+    *("anti_evil_ops", "community_ops"),
+)
+HIDDEN = ("[removed]", "[deleted]")  # what Reddit shows in the place of a text
+
+
+def recheck(
+    asker: Asker, database: Database, names: Sequence[str], fields: Sequence[Field], hours: float
+) -> Iterator[Counter[str]]:
+    """Ask again about stored posts, and keep faith: one answer, one transaction.
+
+    They are those of some subreddits (none, or all: of every one) that were last asked about
+    so many hours ago, oldest stored first. Yields how many are `due`, then, of each answer,
+    how many were `asked` for, `refreshed` and `erased`. Raises Failed at the end if some
+    were not answered for.
+    """
+    database.execute("PRAGMA secure_delete = ON")  # the file's free space keeps nothing
+    fields = [field for field in fields if field.column in database.columns]
+    before = int(asker.clock.time() - hours * 3600)
+    yield Counter(due=sum(1 for _ in database.due(before, names)))
+    due, unanswered = database.due(before, names), 0
+    while ids := list(itertools.islice(due, PAGE)):
+        try:
+            found = ask_about(asker, ids)
+        except Unanswered as exc:
+            if asker.exhausted:
+                raise Failed(f"{exc}; what is left is asked for next time") from exc
+            unanswered += len(ids)
+            continue
+        changes = {one: change_of(found.get(one), fields) for one in ids}
+        database.revise(changes)
+        erased = sum(change is None for change in changes.values())
+        log.debug("%d posts asked for, %d erased", len(ids), erased)
+        refreshed = len(ids) - erased if fields else 0
+        yield Counter(asked=len(ids), refreshed=refreshed, erased=erased)
+    if unanswered:
+        raise Failed(f"{unanswered:,} posts could not be asked about; they are next time")
+
+
+def ask_about(asker: Asker, ids: Sequence[str]) -> dict[str, Post]:
+    """Return what Reddit knows of posts; those that it leaves out were asked for twice."""
+    found: dict[str, Post] = {}
+    for what in ("asking about stored posts", "asking about those that were left out"):
+        if not found.keys() >= set(ids):
+            found |= asker.answer(what, partial(asker.reddit.info, ids), TRIES, 0.0)
+            asker.be_patient()
+            asker.waited = 0.0
+    return found
+
+
+def change_of(post: Post | None, fields: Sequence[Field]) -> dict[str, Any] | None:
+    """Return the columns of a stored post that change by what Reddit says of it now.
+
+    None: it is to be erased. So is one of which Reddit knows nothing.
+    """
+    if post is None or post.get("removed_by_category") in TAKEN_DOWN:
+        return None
+    changes: dict[str, Any] = {}
+    for field in fields:
+        holder, key = value_at(post, field.path[:-1]), field.path[-1]
+        # What is left out or hidden is not today's value: the one that was known is kept.
+        if isinstance(holder, dict) and key in holder and holder[key] not in HIDDEN:
+            changes[field.column] = scalar(holder[key])
+    if post.get("author") == "[deleted]":
+        changes |= {"author": None, "author_name": None}
+    return changes
+
+
 # --- Files --------------------------------------------------------------------
 
 FILE_BATCH = 500  # posts a transaction
@@ -1739,7 +1843,7 @@ def unescaped(post: Post) -> Post:
 Row = dict[str, Any]
 
 COLUMNS = ("id", "created_utc", "subreddit", "title", "author", "author_name", "permalink")
-BUILT_IN = (*COLUMNS, "stored_utc")
+BUILT_IN = (*COLUMNS, "stored_utc", "checked_utc", "erased_utc")
 
 
 def parse_field(spec: str) -> Field:
@@ -1823,7 +1927,7 @@ def transform(post: Post, fields: Sequence[Field] = ()) -> Row:
 # --- Load ---------------------------------------------------------------------
 
 APPLICATION_ID = 0x72647069  # "rdpi", so that `file` and we know our databases
-USER_VERSION = 1
+USER_VERSION = 2
 RESTORED = (
     "has lost its application_id, as a restored .dump has; to bring it back:"
     f" sqlite3 FILE 'PRAGMA application_id = {APPLICATION_ID}'"
@@ -1832,7 +1936,8 @@ RESTORED = (
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS posts (
     id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT,
-    author TEXT, author_name TEXT, permalink TEXT, stored_utc INTEGER
+    author TEXT, author_name TEXT, permalink TEXT, stored_utc INTEGER,
+    checked_utc INTEGER, erased_utc INTEGER
 );
 CREATE INDEX IF NOT EXISTS posts_created_utc ON posts (created_utc);
 CREATE TABLE IF NOT EXISTS cursors (
@@ -1841,10 +1946,11 @@ CREATE TABLE IF NOT EXISTS cursors (
 CREATE TABLE IF NOT EXISTS gaps (
     subreddit TEXT, after_utc INTEGER, before_utc INTEGER, noticed_utc INTEGER
 );
-CREATE VIEW IF NOT EXISTS recent_posts AS
+DROP VIEW IF EXISTS recent_posts;
+CREATE VIEW recent_posts AS
     SELECT strftime('%Y-%m-%dT%H:%M:%SZ', created_utc, 'unixepoch') AS created, subreddit,
         title, author_name, 'https://www.reddit.com' || permalink AS link
-    FROM posts ORDER BY created_utc DESC;
+    FROM posts WHERE erased_utc IS NULL ORDER BY created_utc DESC;
 CREATE VIEW IF NOT EXISTS posts_per_hour AS
     SELECT strftime('%Y-%m-%dT%H:00:00Z', created_utc, 'unixepoch') AS hour, count(*) AS posts
     FROM posts GROUP BY 1 ORDER BY 1 DESC;
@@ -1863,6 +1969,11 @@ ON CONFLICT (subreddit) DO UPDATE SET
     since_utc = max(since_utc, excluded.since_utc),
     newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc
 """
+
+# Of a post: Reddit has shown it without its author, whose account is deleted.
+NAMELESS = "posts.checked_utc IS NOT NULL AND posts.author_name IS NULL"
+LASTING = ("id", "created_utc", "subreddit", "stored_utc", "checked_utc", "erased_utc")
+PART = 10_000  # rows read at once: in between, signals are heard
 
 NAME_GAP = """
 INSERT INTO gaps (subreddit, after_utc, before_utc, noticed_utc)
@@ -1954,23 +2065,27 @@ class Database:
                 os.unlink(self.path)
 
     def _prepare(self, wanted: Sequence[str]) -> Sequence[str]:
-        """Make the schema, in a new file, and what columns are missing; return ours.
+        """Make the schema, or what an older one lacks, and missing columns; return ours.
 
         A generated column is its maker's: it is left alone.
         """
         with self.transaction():
-            if self.execute("PRAGMA user_version") == [(0,)]:
+            ((version,),) = self.execute("PRAGMA user_version")
+            if version < USER_VERSION:
                 for statement in SCHEMA.split(";\n"):
                     self.execute(statement)
                 self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self.execute(f"PRAGMA user_version = {USER_VERSION}")
             present = {row[1].lower(): row for row in self.execute("PRAGMA table_xinfo(posts)")}
-            for column in wanted:
+            for column in (*BUILT_IN, *wanted):
                 if column.lower() not in present:
-                    self.execute(f'ALTER TABLE posts ADD COLUMN "{column}"')
+                    kind = "INTEGER" if column in BUILT_IN else ""
+                    self.execute(f'ALTER TABLE posts ADD COLUMN "{column}" {kind}')
         # After the schema: so the file's own header tells whose it is, at any instant.
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
+        if version == 1:  # an older redpipe reads the file's header, and is to refuse it
+            self.execute("PRAGMA wal_checkpoint")
         generated = {name for name, row in present.items() if row[6]}
         return [column for column in wanted if column.lower() not in generated]
 
@@ -2022,6 +2137,40 @@ class Database:
         found = self.execute("SELECT * FROM cursors WHERE subreddit = ?", (name,))
         return Cursor(*found[0]) if found else None
 
+    def due(self, before_utc: int, names: Sequence[str]) -> Iterator[str]:
+        """Yield the ids of posts last asked about, or stored, until then, oldest stored first.
+
+        `names` (lower case) select subreddits; none, or all, selects every post. A part at a
+        time, so that signals are heard, and little is held.
+        """
+        chosen = [] if "all" in names else names
+        where = f" AND lower(subreddit) IN ({', '.join('?' * len(chosen))})" if chosen else ""
+        ((last,),) = self.execute("SELECT max(rowid) FROM posts")
+        for start in range(0, (last or 0) + 1, PART):
+            sql = (
+                "SELECT id FROM posts WHERE rowid BETWEEN ? AND ? AND erased_utc IS NULL"
+                f" AND coalesce(checked_utc, stored_utc, 0) <= ?{where} ORDER BY rowid"
+            )
+            for (one,) in self.execute(sql, (start, start + PART - 1, before_utc, *chosen)):
+                yield one
+
+    def revise(self, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Change columns of stored posts, by id, in one transaction; None erases one.
+
+        What is erased stays so. Which columns there are is read anew: others may add some.
+        """
+        self.check()
+        now = int(self.clock.time())
+        with self.transaction():
+            columns = self.execute("PRAGMA table_xinfo(posts)")
+            content = [row[1] for row in columns if not (row[3] or row[6] or row[1] in LASTING)]
+            for one, change in changes.items():
+                erased = dict.fromkeys(content) | {"erased_utc": now}
+                values = (erased if change is None else dict(change)) | {"checked_utc": now}
+                assigned = ", ".join(f'"{column}" = ?' for column in values)
+                sql = f"UPDATE posts SET {assigned} WHERE id = ? AND erased_utc IS NULL"
+                self.execute(sql, (*values.values(), one))
+
     def rates(self) -> dict[str, float]:
         """Return the posts a second stored in the last hour polled, by subreddit and of all."""
         rows = self.execute(
@@ -2032,7 +2181,9 @@ class Database:
 
     def unstored(self, posts: Sequence[Post]) -> list[Post]:
         """Return the posts that are not stored, or stored without the author they have."""
-        known = "SELECT 1 FROM posts WHERE id = ? AND (author IS NOT NULL OR ? IS NULL)"
+        known = (
+            f"SELECT 1 FROM posts WHERE id = ? AND (author IS NOT NULL OR ? IS NULL OR {NAMELESS})"
+        )
         return [
             post
             for post in posts
@@ -2044,12 +2195,15 @@ def insert_statement(columns: Sequence[str]) -> str:
     """Return the statement that stores a row, or fills what is NULL in one stored."""
     names = ", ".join(f'"{column}"' for column in (*columns, "stored_utc"))
     marks = ", ".join("?" * (len(columns) + 1))
-    others = [column for column in columns if column != "id"]
-    filled = ", ".join(f'"{c}" = coalesce(posts."{c}", excluded."{c}")' for c in others)
-    gains = " OR ".join(f'(posts."{c}" IS NULL AND excluded."{c}" IS NOT NULL)' for c in others)
+    gains = {c: f'posts."{c}" IS NULL AND excluded."{c}" IS NOT NULL' for c in columns}
+    for column in ("author", "author_name"):
+        gains[column] += f" AND NOT ({NAMELESS})"
+    filled = ", ".join(
+        f'"{c}" = iif({gain}, excluded."{c}", posts."{c}")' for c, gain in gains.items()
+    )
     return (
-        f"INSERT INTO posts ({names}) VALUES ({marks})"
-        f" ON CONFLICT (id) DO UPDATE SET {filled} WHERE {gains}"
+        f"INSERT INTO posts ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {filled}"
+        f" WHERE posts.erased_utc IS NULL AND ({' OR '.join(gains.values())})"
     )
 
 
@@ -2080,54 +2234,71 @@ class Survey(NamedTuple):
     """What a database holds; `posts`: how many of a subreddit were created on a day.
 
     Names are lower case, `all` counts every post; a day is `created_utc // 86400`, and 0
-    for all before the first that was asked for. `size`: the file's, in bytes.
+    for all before the first that was asked for. `erased`: how many of the posts are.
+    `checked_utc`: when one was last asked about, or 0. `size`: the file's, in bytes.
     """
 
     cursors: list[Cursor]
     gaps: list[tuple[str, int, int]]
     posts: dict[str, Counter[int]]
+    erased: int
+    checked_utc: int
     size: int
+
+
+def check_exists(path: str) -> None:
+    """Raise NotOurs if PATH is no database of ours, or is still to be made."""
+    if not check_header(os.path.abspath(path)):
+        raise NotOurs(f"{path}: there is no database")
 
 
 def survey(path: str, first_day: int) -> Survey:
     """Read what a database holds while others write; changes nothing. Raises NotOurs."""
     path = os.path.abspath(path)
-    if not check_header(path):
-        raise NotOurs(f"{path}: there is no database")
+    check_exists(path)
     try:
         with closing(sqlite3.connect(reading_uri(path), timeout=1.0, uri=True)) as connection:
             connection.executescript("PRAGMA query_only = ON; BEGIN")
             posts = count_posts(connection, first_day)
             cursors = [Cursor(*row) for row in connection.execute("SELECT * FROM cursors")]
             gaps = list(connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps"))
-            return Survey(cursors, gaps, posts, os.path.getsize(path))
+            return Survey(cursors, gaps, *posts, os.path.getsize(path))
     except (sqlite3.Error, OSError) as exc:
         raise NotOurs(f"{path}: {exc}") from exc
 
 
 SOME_POSTS = """
-SELECT max(rowid), group_concat(ifnull(subreddit, '') ||
+SELECT max(rowid), count(erased_utc), max(checked_utc), group_concat(ifnull(subreddit, '') ||
     iif(created_utc >= ?, char(31) || (created_utc / 86400), ''), char(30))
-FROM (SELECT rowid, subreddit, created_utc FROM posts WHERE rowid > ? ORDER BY rowid LIMIT 10000)
+FROM (SELECT rowid, subreddit, created_utc, {} FROM posts WHERE rowid > ? ORDER BY rowid LIMIT ?)
 """
 
 
-def count_posts(connection: sqlite3.Connection, first_day: int) -> dict[str, Counter[int]]:
+def count_posts(
+    connection: sqlite3.Connection, first_day: int
+) -> tuple[dict[str, Counter[int]], int, int]:
     """Return how many posts of each subreddit, in lower case, were created on each day.
 
-    SQLite would sort all of them, which takes twice the time and hears no signals.
+    Then how many are erased, and when one was last asked about. SQLite would sort all posts,
+    which takes twice the time and hears no signals.
     """
+    is_old = connection.execute("PRAGMA user_version").fetchone() == (1,)
+    sql = SOME_POSTS.format(
+        "NULL AS erased_utc, NULL AS checked_utc" if is_old else "erased_utc, checked_utc"
+    )
     found: Counter[str] = Counter()
-    rowid, keys = connection.execute(SOME_POSTS, (first_day * 86400, -1)).fetchone()
-    while keys is not None:
-        found.update(keys.split("\x1e"))
-        rowid, keys = connection.execute(SOME_POSTS, (first_day * 86400, rowid)).fetchone()
+    rowid, erased, checked_utc = -1, 0, 0
+    while rowid is not None:
+        values = (first_day * 86400, rowid, PART)
+        rowid, gone, latest, keys = connection.execute(sql, values).fetchone()
+        erased, checked_utc = erased + gone, max(checked_utc, latest or 0)
+        found.update(keys.split("\x1e") if rowid is not None else ())
     posts: dict[str, Counter[int]] = defaultdict(Counter)
     for key, count in found.items():
         name, _, day = key.partition("\x1f")
         for owner in (name.lower(), "all"):
             posts[owner][int(day) if day.isdecimal() else 0] += count
-    return posts
+    return posts, erased, checked_utc
 
 
 def reading_uri(path: str) -> str:

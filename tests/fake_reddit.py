@@ -431,6 +431,8 @@ class FakeReddit:
 
     depth = 1000
     """Reddit lists this many items, the places of removed ones included."""
+    most_ids = 100
+    """One request asks for so many posts at most (TOO_MANY_THING_IDS)."""
     longest_target = 8000
     """Bytes of path and query beyond which the answer is 414."""
 
@@ -544,6 +546,31 @@ class FakeReddit:
             self.removed.add(identifier)
             if identifier in self._items:
                 self._items[identifier].removed = True
+
+    def take_down(self, identifier: str, category: str = "deleted") -> None:
+        """Let a post be deleted or removed: no listing has it, and asked for it shows less.
+
+        category: what Reddit then says in `removed_by_category`.
+        """
+        self.remove(identifier)
+        by_author = category in {"deleted", "author"}
+        word = "[deleted]" if by_author else "[removed]"
+        with self._lock:
+            self.posts[identifier].update(removed_by_category=category, selftext=word)
+        if by_author:
+            self.forget_author(identifier)
+
+    def forget_author(self, identifier: str) -> None:
+        """Let the account of a post's author be deleted."""
+        with self._lock:
+            self.posts[identifier]["author"] = "[deleted]"
+            self.posts[identifier].pop("author_fullname", None)
+
+    def purge(self, identifier: str) -> None:
+        """Let a post be gone without a trace."""
+        self.remove(identifier)
+        with self._lock:
+            del self.posts[identifier]
 
     def grow(
         self,
@@ -689,6 +716,8 @@ class FakeReddit:
         if path.startswith("/subreddits/search"):
             t5 = {"kind": "t5", "data": {"id": "2zzzz", "name": "t5_2zzzz", "title": "A place"}}
             return reply(200, listing([json.dumps(t5)]))
+        if path == "/api/info":
+            return self._within_budget("oauth", "", query, headers)
         found = re.fullmatch(r"/r/([^/]+)/new(?:/?|/?\.(json|rss))", path)
         if found is None or method != "GET":
             return error_reply(404, "Not Found")
@@ -702,7 +731,7 @@ class FakeReddit:
     def _within_budget(
         self, source: str, names: str, query: dict[str, str], headers: dict[str, str]
     ) -> Reply:
-        """Answer a request for a listing unless its sender may not have it."""
+        """Answer a request for a listing, or for posts, unless its sender may not have it."""
         if (refusal := self._refused_access(source, headers)) is not None:
             return refusal
         now = self.clock.time()
@@ -752,7 +781,9 @@ class FakeReddit:
         return json_reply(200, {**answer, "expires_in": int(self.token_lifetime), "scope": "*"})
 
     def _names(self, source: str, names: str, query: dict[str, str]) -> Reply:
-        """Answer for the names that are there and open to all."""
+        """Answer for the names that are there and open to all; without a name, for posts."""
+        if not names:
+            return self._info(query)
         if self.recorded or self._page:
             return reply(200, self._recorded_page(query))
         given = names.lower().split("+")
@@ -764,6 +795,14 @@ class FakeReddit:
         if closed and (self.joint_refused or not open_ones):
             return self._refusal(self._refused[closed[0]])
         return self._page_of(source, names, open_ones, query)
+
+    def _info(self, query: dict[str, str]) -> Reply:
+        """Answer with posts by their fullnames; what is unknown is left out."""
+        names = query.get("id", "").split(",")
+        if len(names) > self.most_ids:
+            return error_reply(400, "Bad Request", reason="TOO_MANY_THING_IDS")
+        posts = [self.posts.get(name.removeprefix("t3_")) for name in names]
+        return reply(200, listing([thing(post) for post in posts if post]))
 
     def _refusal(self, why: str) -> Reply:
         """Refuse a subreddit the way its state asks for."""

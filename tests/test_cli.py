@@ -523,7 +523,7 @@ def make_foreign(path: Path) -> None:
 def make_newer(path: Path) -> None:
     pipeline.Database(str(path)).__exit__()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
 
 
 def make_of_another_program(path: Path) -> None:

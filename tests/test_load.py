@@ -61,6 +61,8 @@ def test_a_new_database_has_these_tables(database, path):
         ("author_name", "TEXT", 0, 0),
         ("permalink", "TEXT", 0, 0),
         ("stored_utc", "INTEGER", 0, 0),
+        ("checked_utc", "INTEGER", 0, 0),
+        ("erased_utc", "INTEGER", 0, 0),
     ]
     assert columns(path, "PRAGMA table_info(cursors)") == [
         ("subreddit", "TEXT", 1, 1),
@@ -90,7 +92,7 @@ def test_a_new_database_has_these_tables(database, path):
 
 def test_the_file_says_whose_it_is(database, path):
     assert query(path, "PRAGMA application_id") == [(0x72647069,)]
-    assert query(path, "PRAGMA user_version") == [(1,)]
+    assert query(path, "PRAGMA user_version") == [(2,)]
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
 
 
@@ -364,7 +366,7 @@ def test_any_number_of_posts_is_looked_up(database):
 def make_newer(path):
     Database(path).__exit__()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
 
 
 def make_foreign(path):
