@@ -33,7 +33,7 @@ umask 022
 export TMPDIR=$work TZ=UTC0 LC_ALL=C
 
 pip=("$python" -I -m pip)
-if ! "${pip[@]}" --version >/dev/null 2>&1; then
+if ! "$python" -I -c 'import pip' 2>/dev/null; then
     "$python" -I -m venv "$work/venv" >/dev/null 2>&1 ||
         die "$python has neither pip nor venv; on Debian or Ubuntu: apt install python3-venv"
     pip=("$work/venv/bin/python" -I -m pip)
