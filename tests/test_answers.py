@@ -46,6 +46,7 @@ from fake_reddit import (
     thing,
 )
 from pipeline import (
+    COLUMNS,
     RULES,
     Access,
     Answer,
@@ -1038,13 +1039,17 @@ def test_a_page_without_posts_ends_no_walk(answer, offline, clock):
 
 
 def feed_rows(world, tmp_path, **access):
-    """Store r/python once; give the rows without stored_utc."""
+    """Store r/python once; give the columns that redpipe fills."""
     world.anonymous_json_blocked = True
     reddit = Reddit(Access(world.url, **access), http_fetch(), world.clock)
     with Database(str(tmp_path / "posts.db"), clock=world.clock) as database:
         for batch in stream(reddit, ["python"], database, once=True):
             load(database, map(transform, batch.posts), batch.cursors, batch.gaps)
-        return list(database.execute("SELECT * FROM posts ORDER BY created_utc"))
+        return list(
+            database.execute(
+                f"SELECT {', '.join(COLUMNS)}, stored_utc FROM posts ORDER BY created_utc"
+            )
+        )
 
 
 def test_the_feed_gives_every_column_but_the_account_id(world, tmp_path):

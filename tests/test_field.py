@@ -20,6 +20,8 @@ BUILT_IN = [
     "author_name",
     "permalink",
     "stored_utc",
+    "checked_utc",
+    "erased_utc",
 ]
 
 
@@ -105,6 +107,8 @@ BAD_SPECS = [
     "permalink",
     "stored_utc",
     "score:STORED_UTC",
+    "checked_utc",
+    "score:Erased_UTC",
     "author.name",
 ]
 

@@ -13,6 +13,8 @@ from virtual import VirtualClock
 
 NOW = 1_790_000_000
 NONE = (None,) * 6
+UNASKED = (None, None)
+"""What a post has in checked_utc and erased_utc."""
 
 
 def row(identifier, *values, **fields):
@@ -190,8 +192,18 @@ def test_rows_are_stored_as_they_are(database, path):
     ]
     assert load(database, rows) == 2
     assert query(path, "SELECT * FROM posts ORDER BY id") == [
-        ("a1", *NONE, NOW),
-        ("a2", 1700000000, "Python", "One", "t2_1", "ann", "/r/Python/comments/a2/one/", NOW),
+        ("a1", *NONE, NOW, *UNASKED),
+        (
+            "a2",
+            1700000000,
+            "Python",
+            "One",
+            "t2_1",
+            "ann",
+            "/r/Python/comments/a2/one/",
+            NOW,
+            *UNASKED,
+        ),
     ]
 
 
@@ -205,7 +217,7 @@ def test_a_stored_post_gains_what_was_null_and_loses_nothing(database, path, clo
     clock.advance(60)
     again = row("a1", 1700000000, "rust", "Title", None, "ann", "/x")
     assert load(database, [again]) == 1
-    stored = [("a1", 1700000000, "python", "Title", "t2_1", "ann", "/x", NOW)]
+    stored = [("a1", 1700000000, "python", "Title", "t2_1", "ann", "/x", NOW, *UNASKED)]
     assert query(path, "SELECT * FROM posts") == stored
     assert load(database, [again]) == 0
     assert load(database, [row("a1")]) == 0
@@ -235,8 +247,8 @@ def test_fields_follow_the_built_in_columns(path, clock):
         load(database, [row("a1", score=5, order=None)])
         load(database, [row("a1", score=6, order=1), row("a2", score=None, order=0)])
     assert query(path, "SELECT * FROM posts ORDER BY id") == [
-        ("a1", *NONE, NOW, 5, 1),
-        ("a2", *NONE, NOW, None, 0),
+        ("a1", *NONE, NOW, *UNASKED, 5, 1),
+        ("a2", *NONE, NOW, *UNASKED, None, 0),
     ]
 
 

@@ -128,7 +128,7 @@ def test_a_database_that_is_polled_ends_with_0(redpipe, database, today):
     ]
     assert line.split()[0] == "python"
     assert line.endswith("·············█")
-    assert total == f"2 posts, 0 gaps, {database.stat().st_size / 1e6:.1f} MB in all"
+    assert total == f"2 posts, 0 erased, 0 gaps, {database.stat().st_size / 1e6:.1f} MB in all"
 
 
 def test_names_that_were_not_polled_within_an_hour_end_it_with_75(redpipe, database, today):
@@ -162,7 +162,7 @@ def test_a_database_of_imported_posts_alone_has_no_names(redpipe, database):
     fill(database, [("python", TODAY, 3)], [])
     done = redpipe("--status", database)
     assert (done.status, done.err) == (0, "")
-    assert done.out.splitlines()[1].startswith("3 posts, 0 gaps, ")
+    assert done.out.splitlines()[1].startswith("3 posts, 0 erased, 0 gaps, ")
 
 
 def make_foreign(path):
@@ -208,7 +208,7 @@ def test_it_works_beside_a_writer_in_the_middle_of_a_transaction(redpipe, databa
         done = redpipe("--status", database)
         writer.execute("COMMIT")
     assert done.status == 0
-    assert "5 posts, 0 gaps" in done.out
+    assert "5 posts, 0 erased, 0 gaps" in done.out
 
 
 def test_a_database_that_may_not_be_written_can_be_shown(redpipe, database, today):
@@ -227,7 +227,7 @@ def test_a_database_that_may_not_be_written_can_be_shown(redpipe, database, toda
     finally:
         database.parent.chmod(0o755)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert b"5 posts, 0 gaps" in done.stdout
+    assert b"5 posts, 0 erased, 0 gaps" in done.stdout
 
 
 def test_the_table_is_utf_8_whatever_the_locale(redpipe, database, today):
