@@ -1020,7 +1020,8 @@ class Reddit:
     def info(self, ids: Sequence[str]) -> dict[str, Post]:
         """Ask about posts, PAGE at most, and return those that Reddit knows, by id.
 
-        It needs an app. Raises Failed, too, if more than half are left out.
+        It needs an app. Raises Failed, too, for an answer that leaves out more than half, or
+        holds anything else.
         """
         try:
             page = self._get("", {"id": ",".join(f"t3_{one}" for one in ids)})
@@ -1028,7 +1029,7 @@ class Reddit:
             raise Failed(str(exc)) from exc
         found = {post["id"]: post for post in page.posts}
         known = len(found.keys() & ids)
-        if page.things > len(page.posts) or 2 * known < len(ids):
+        if page.things > known or 2 * known < len(ids):
             raise Failed(f"an answer that tells of {known} of {len(ids)} posts")
         return found
 
@@ -1563,41 +1564,48 @@ def recheck(
 
     They are those of some subreddits (none, or all: of every one) that were last asked about
     so many hours ago, oldest stored first. Yields how many are `due`, then, of each answer,
-    how many were `asked` for, `refreshed` and `erased`. Raises Failed at the end if some
-    were not answered for.
+    how many were `asked` for, `refreshed` and `erased`. What fails is asked for again after
+    the others, as long as the patience lasts. Raises Failed if it ends.
     """
-    database.execute("PRAGMA secure_delete = ON")  # the file's free space keeps nothing
+    database.execute("PRAGMA secure_delete = ON")  # an erased row's place in the file is zeroed
     fields = [field for field in fields if field.column in database.columns]
     before = int(asker.clock.time() - hours * 3600)
     yield Counter(due=sum(1 for _ in database.due(before, names)))
-    due, unanswered = database.due(before, names), 0
-    while ids := list(itertools.islice(due, PAGE)):
-        try:
-            found = ask_about(asker, ids)
-        except Unanswered as exc:
-            if asker.exhausted:
-                raise Failed(f"{exc}; what is left is asked for next time") from exc
-            unanswered += len(ids)
-            continue
-        changes = {one: change_of(found.get(one), fields) for one in ids}
-        database.revise(changes)
-        erased = sum(change is None for change in changes.values())
-        log.debug("%d posts asked for, %d erased", len(ids), erased)
-        refreshed = len(ids) - erased if fields else 0
-        yield Counter(asked=len(ids), refreshed=refreshed, erased=erased)
-    if unanswered:
-        raise Failed(f"{unanswered:,} posts could not be asked about; they are next time")
+    for tries in (TRIES, 1000):
+        complete, due = True, database.due(before, names)
+        while ids := list(itertools.islice(due, PAGE)):
+            try:
+                yield ask_again(asker, database, ids, fields, tries)
+            except Unanswered as exc:
+                complete = False
+                if asker.exhausted:
+                    left = sum(1 for _ in database.due(before, names))
+                    what = f"{left:,} posts could not be asked about, and are next time"
+                    raise Failed(f"{what}: {exc}") from exc
+        if complete:
+            return
 
 
-def ask_about(asker: Asker, ids: Sequence[str]) -> dict[str, Post]:
-    """Return what Reddit knows of posts; those that it leaves out were asked for twice."""
+def ask_again(
+    asker: Asker, database: Database, ids: Sequence[str], fields: Sequence[Field], tries: int
+) -> Counter[str]:
+    """Ask about posts, store what the answer says, and count; raise Unanswered.
+
+    Those that Reddit leaves out are asked for twice: together with the others, so that an
+    answer which knows nothing is recognised.
+    """
     found: dict[str, Post] = {}
     for what in ("asking about stored posts", "asking about those that were left out"):
         if not found.keys() >= set(ids):
-            found |= asker.answer(what, partial(asker.reddit.info, ids), TRIES, 0.0)
+            found |= asker.answer(what, partial(asker.reddit.info, ids), tries, 0.0)
             asker.be_patient()
             asker.waited = 0.0
-    return found
+    changes = {one: change_of(found.get(one), fields) for one in ids}
+    database.revise(changes)
+    erased = sum(change is None for change in changes.values())
+    log.debug("%d posts asked for, %d erased", len(ids), erased)
+    refreshed = len(ids) - erased if fields else 0
+    return Counter(asked=len(ids), refreshed=refreshed, erased=erased)
 
 
 def change_of(post: Post | None, fields: Sequence[Field]) -> dict[str, Any] | None:
