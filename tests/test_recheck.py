@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import sqlite3
 import tempfile
+import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
+from artefact import wait_for
 from conftest import Done
 from fake_reddit import (
     GIANT,
@@ -21,6 +25,7 @@ from fake_reddit import (
     HTML,
     RESET,
     TRUNCATE,
+    Budget,
     FakeReddit,
     block_page,
     error_reply,
@@ -539,3 +544,399 @@ def check(world, original, states, complete):
         else:
             assert content == [title, author, name, permalink]
             assert not complete or state in ("there", *KEPT)
+
+
+# --- erased is erased
+
+
+def feed_post(post):
+    """Return a post as the feed has it."""
+    keys = ("id", "title", "author", "subreddit", "created_utc", "permalink")
+    return {key: post[key] for key in keys}
+
+
+WAYS = {
+    "listing": lambda world, post: world.store([post]),
+    "feed": lambda world, post: world.store([feed_post(post)], "score"),
+    "dump": lambda world, post: world.store([{**post, "ups": 9}], "ups", "selftext"),
+    "new field": lambda world, post: world.store([post], "num_comments:n", "url"),
+    "nothing": lambda world, post: world.store([{"id": post["id"]}], "score"),
+    "recheck": lambda world, post: world.recheck(specs=["url", "score"]) and 0,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    before=st.lists(st.sampled_from(sorted(WAYS)), max_size=4),
+    category=st.sampled_from((*ERASED, "nameless")),
+    after=st.lists(st.sampled_from(sorted(WAYS)), max_size=8),
+)
+def test_erased_stays_erased_whatever_comes_later(before, category, after):
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder, "posts.db"), "score")
+        post, other = world.add(range(2), score=5, num_comments=3)
+        copy = dict(post)
+        world.store([post, other], "score")
+        for way in before:
+            WAYS[way](world, copy)
+        put(world.reddit, post, category)
+        world.recheck()
+        nameless = (copy["title"], None, None, copy["permalink"])
+        stays = nameless if category == "nameless" else NOTHING
+        for way in after:
+            gained = WAYS[way](world, copy)
+            assert category == "nameless" or gained == 0
+            assert world.content() == stays
+        assert world.content(1) == known(other)
+        with closing(sqlite3.connect(world.path)) as connection:
+            connection.row_factory = sqlite3.Row
+            row = dict(connection.execute("SELECT * FROM posts").fetchone())
+        lasting = {"id", "created_utc", "subreddit", "stored_utc", "checked_utc", "erased_utc"}
+        if category != "nameless":
+            assert {key for key, value in row.items() if value is not None} == lasting
+
+
+def test_an_open_follower_and_import_bring_nothing_back(world):
+    (post,) = world.add([1], score=5)
+    copy = dict(post)
+    fields = parse_fields(["score"])
+    row = transform(dict(copy), fields)
+    with Database(world.path, fields, world.clock) as one, Database(world.path) as two:
+        load(one, [row])
+        world.reddit.take_down(post["id"])
+        world.recheck(specs=["url"])
+        assert load(one, [row]) == load(two, [row]) == 0
+        assert one.unstored([copy]) == two.unstored([copy]) == []
+    assert world.content() == NOTHING
+
+
+def test_a_post_that_was_erased_or_lost_its_author_is_not_new_to_a_follower(world):
+    posts = world.add(range(4))
+    copies = [dict(post) for post in posts]
+    world.store(posts)
+    from_feed = world.reddit.add(make_post(9))  # its account id may still come
+    world.store([feed_post(from_feed)])
+    world.reddit.take_down(posts[0]["id"])
+    world.reddit.forget_author(posts[1]["id"])
+    world.recheck()
+    with Database(world.path) as database:
+        assert database.unstored([*copies, from_feed]) == [from_feed]
+
+
+def test_print_passes_on_no_erased_post_again(redpipe, fake_reddit, database):
+    posts = [fake_reddit.add(make_post(n)) for n in range(5)]
+    copies = [dict(post) for post in posts]
+    options = ("--print", "--once", database, "python")
+    assert len(redpipe(*options, **APP).out.splitlines()) == 5
+    fake_reddit.take_down(posts[1]["id"])
+    fake_reddit.forget_author(posts[2]["id"])
+    assert redpipe("--recheck=0", database, **APP) == (0, "", "")
+    for copy in copies:  # an old page, from a cache
+        fake_reddit.add(copy)
+    new = fake_reddit.add(make_post(7, 1_790_000_005))
+    lines = redpipe(*options, **APP).out.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [new["id"]]
+    assert redpipe(*options, **APP) == (0, "", "")
+
+
+def test_the_file_holds_nothing_of_what_was_erased(world):
+    posts = world.add(range(300), score=1)
+    for n, post in enumerate(posts):
+        secret = f"secret-{n}-" + "x" * (n % 7 * 30)
+        post |= {"title": f"T{secret}", "author": f"A{secret}", "author_fullname": f"t2_{secret}"}
+        post |= {"permalink": f"/P{secret}", "selftext": f"S{secret}" * 100}
+    for start in range(0, 300, 50):
+        world.store(posts[start : start + 50])
+    for post in posts[::3]:
+        world.reddit.take_down(post["id"])
+    world.recheck()
+    world.clock.advance(HOUR)
+    for post in posts[1::3]:
+        world.reddit.purge(post["id"])
+    posts[2]["score"] = 100_000
+    world.recheck()
+    data = Path(world.path).read_bytes()
+    found = {n for n in range(300) if f"secret-{n}-".encode() in data}
+    assert found == set(range(2, 300, 3))
+    assert not Path(f"{world.path}-wal").exists()
+
+
+def test_columns_of_the_users_own_do_not_break_it(world):
+    posts = world.add(range(3), score=1)
+    world.store(posts, "score")
+    with closing(sqlite3.connect(world.path)) as connection:
+        for column in (
+            "loud AS (upper(title)) VIRTUAL",
+            "kept AS (title || '!') VIRTUAL",
+            "starred INTEGER NOT NULL DEFAULT 0",
+            "checked TEXT NOT NULL DEFAULT ''",
+            '"a note" TEXT',
+        ):
+            connection.execute(f"ALTER TABLE posts ADD COLUMN {column}")
+        connection.execute("UPDATE posts SET starred = 1, [a note] = title")
+        connection.execute("CREATE UNIQUE INDEX links ON posts (permalink)")
+        connection.commit()
+    world.reddit.take_down(posts[0]["id"])
+    world.reddit.take_down(posts[1]["id"])
+    world.recheck(specs=["score", "score:kept"])
+    title = posts[2]["title"]
+    assert world.rows('loud, kept, starred, checked, "a note", score, erased_utc > 0') == [
+        (None, None, 1, "", None, None, 1),
+        (None, None, 1, "", None, None, 1),
+        (title.upper(), f"{title}!", 1, "", title, 1, None),
+    ]
+
+
+def test_views_show_no_erased_post_and_count_it(world):
+    posts = world.add(range(3))
+    world.store(posts)
+    world.reddit.take_down(posts[1]["id"])
+    world.recheck()
+    assert query(world.path, "SELECT title FROM recent_posts ORDER BY title") == [
+        (posts[0]["title"],),
+        (posts[2]["title"],),
+    ]
+    assert query(world.path, "SELECT sum(posts) FROM posts_per_hour") == [(3,)]
+
+
+def test_status_tells_how_many_were_erased_and_when_the_last_recheck_was(
+    redpipe, fake_reddit, database
+):
+    posts = [fake_reddit.add(make_post(n)) for n in range(5)]
+    assert redpipe("--once", database, "python", **APP).status == 0
+    assert "5 posts, 0 erased, 0 gaps, " in redpipe("--status", database).out
+    fake_reddit.take_down(posts[1]["id"])
+    assert redpipe("--recheck=0", database, **APP).status == 0
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE posts SET checked_utc = checked_utc - 7200")
+        connection.commit()
+    assert "5 posts, 1 erased, 0 gaps, last recheck 2 h ago, " in redpipe("--status", database).out
+
+
+# --- many processes at once
+
+CONTENT = "coalesce(title, author, author_name, permalink, score, ups) IS NOT NULL"
+
+
+def run_together(redpipe, fake_reddit, database, dump, dice, rounds):
+    """Follow, import and ask again at once, kill now one, now another, and take posts down."""
+    starts = {
+        "follower": ("--interval=1", "--field=score", database, "python"),
+        "once": ("--once", database, "python"),
+        "import": (f"--from={dump}", "--field=ups", database),
+        "recheck": ("--recheck=0", "--field=score", database),
+    }
+    running = {}
+    taken = []
+    standing = list(fake_reddit.posts)
+    for _ in range(rounds):
+        for what, arguments in starts.items():
+            if what not in running or running[what].poll() is not None:
+                running[what] = redpipe.start(*arguments, **APP)
+        for _ in range(dice.randrange(5)):
+            taken.append(standing.pop(dice.randrange(len(standing))))
+            fake_reddit.take_down(taken[-1], dice.choice(ERASED))
+        time.sleep(dice.uniform(0.0, 0.5))
+        assert query(database, f"SELECT id FROM posts WHERE erased_utc > 0 AND {CONTENT}") == []
+        if dice.random() < 0.5:
+            victim = running.pop(dice.choice(sorted(running)))
+            victim.kill()
+            assert victim.communicate()[1] == ""
+    for process in running.values():
+        process.terminate()
+        assert process.communicate(timeout=20)[1] == ""
+    return taken
+
+
+@pytest.fixture
+def seed():
+    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
+    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
+    print(f"REDPIPE_SEED={drawn}")
+    return drawn
+
+
+def test_a_recheck_beside_others_that_are_killed_brings_nothing_back(
+    redpipe, fake_reddit, database, tmp_path, seed
+):
+    fake_reddit.budgets["oauth"] = Budget(total=1_000_000)
+    posts = [fake_reddit.add(make_post(n, time.time() - 900 + n, ups=3)) for n in range(400)]
+    originals = {post["id"]: dict(post) for post in posts}
+    dump = tmp_path / "dump.ndjson"
+    dump.write_text("".join(json.dumps(post) + "\n" for post in posts))
+    assert redpipe(f"--from={dump}", "--field=ups", "--field=score", database).status == 0
+    taken = run_together(redpipe, fake_reddit, database, dump, random.Random(seed), 14)
+    assert redpipe("--recheck=0", database, **APP) == (0, "", "")
+    assert redpipe(f"--from={dump}", "--field=ups", database) == (0, "", "")
+    assert redpipe("--once", database, "python", **APP) == (0, "", "")
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    erased = query(database, "SELECT id FROM posts WHERE erased_utc > 0")
+    assert sorted(erased) == sorted((identifier,) for identifier in taken)
+    assert query(database, f"SELECT id FROM posts WHERE erased_utc > 0 AND {CONTENT}") == []
+    kept = query(database, "SELECT id, title, author, author_name, permalink FROM posts")
+    assert len(kept) == 400
+    assert {row for row in kept if row[0] not in taken} == {
+        (identifier, *known(post))
+        for identifier, post in originals.items()
+        if identifier not in taken
+    }
+
+
+# --- a database of version 1
+
+VERSION_1 = """
+CREATE TABLE posts (
+    id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT,
+    author TEXT, author_name TEXT, permalink TEXT, stored_utc INTEGER
+);
+CREATE INDEX posts_created_utc ON posts (created_utc);
+CREATE TABLE cursors (
+    subreddit TEXT PRIMARY KEY NOT NULL, since_utc INTEGER, newest_utc INTEGER, polled_utc INTEGER
+);
+CREATE TABLE gaps (
+    subreddit TEXT, after_utc INTEGER, before_utc INTEGER, noticed_utc INTEGER
+);
+CREATE VIEW recent_posts AS
+    SELECT strftime('%Y-%m-%dT%H:%M:%SZ', created_utc, 'unixepoch') AS created, subreddit,
+        title, author_name, 'https://www.reddit.com' || permalink AS link
+    FROM posts ORDER BY created_utc DESC;
+CREATE VIEW posts_per_hour AS
+    SELECT strftime('%Y-%m-%dT%H:00:00Z', created_utc, 'unixepoch') AS hour, count(*) AS posts
+    FROM posts GROUP BY 1 ORDER BY 1 DESC;
+CREATE VIEW coverage AS
+    SELECT subreddit, strftime('%Y-%m-%dT%H:%M:%SZ', since_utc, 'unixepoch') AS since,
+        strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
+        strftime('%Y-%m-%dT%H:%M:%SZ', polled_utc, 'unixepoch') AS last_poll,
+        (SELECT count(*) FROM gaps WHERE gaps.subreddit = cursors.subreddit) AS gaps
+    FROM cursors;
+PRAGMA application_id = 0x72647069;
+PRAGMA user_version = 1;
+PRAGMA journal_mode = WAL;
+ALTER TABLE posts ADD COLUMN "score";
+"""
+OLD = "id, created_utc, subreddit, title, author, author_name, permalink, stored_utc, score"
+EVERYTHING = (
+    f"SELECT {OLD} FROM posts ORDER BY rowid",
+    "SELECT * FROM cursors",
+    "SELECT * FROM gaps",
+    "SELECT * FROM recent_posts",
+    "SELECT * FROM posts_per_hour",
+    "SELECT * FROM coverage",
+)
+
+
+def make_version_1(path, posts):
+    """Write a database as version 1.0 made it."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VERSION_1)
+        connection.executemany(
+            "INSERT INTO posts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (p["id"], int(p["created_utc"]), p["subreddit"], *known(p), 1_790_000_100, 7)
+                for p in posts
+            ],
+        )
+        now = int(time.time())
+        connection.execute("INSERT INTO cursors VALUES ('python', 1, 1790000000, ?)", (now,))
+        connection.execute("INSERT INTO gaps VALUES ('python', 5, 6, 7)")
+        connection.commit()
+
+
+def contents(path):
+    return [query(path, sql) for sql in EVERYTHING]
+
+
+def version(path) -> int:
+    """Return the version that the file's own header tells."""
+    return int.from_bytes(Path(path).read_bytes()[60:64], "big")
+
+
+def test_a_database_of_version_1_is_brought_to_2(redpipe, fake_reddit, database):
+    posts = [fake_reddit.add(make_post(n)) for n in range(300)]
+    make_version_1(database, posts)
+    before = contents(database)
+    assert version(database) == 1
+    assert redpipe("--from=-", database) == (0, "", "")
+    assert version(database) == 2
+    assert contents(database) == before
+    columns = [row[1] for row in query(database, "PRAGMA table_info(posts)")]
+    assert columns == [*COLUMNS, "stored_utc", "score", "checked_utc", "erased_utc"]
+    fake_reddit.take_down(posts[0]["id"])
+    assert redpipe("--recheck=0", "--field=score", database, **APP) == (0, "", "")
+    assert query(database, "SELECT title, score FROM posts ORDER BY rowid LIMIT 2") == [
+        (None, None),
+        (posts[1]["title"], 1),
+    ]
+    assert len(query(database, "SELECT * FROM recent_posts")) == 299
+
+
+def test_the_header_tells_it_at_once_beside_a_follower_that_goes_on(redpipe, fake_reddit, database):
+    make_version_1(database, [fake_reddit.add(make_post(n)) for n in range(10)])
+    process = redpipe.start("--interval=1", database, "python", **APP)
+    wait_for(lambda: version(database) == 2)
+    assert process.poll() is None
+    assert redpipe.stop(process).err == ""
+
+
+def test_status_of_a_database_of_version_1_changes_nothing(redpipe, database):
+    make_version_1(database, [make_post(n) for n in range(10)])
+    before = database.read_bytes()
+    done = redpipe("--status", database)
+    assert (done.status, done.err) == (0, "")
+    assert "10 posts, 0 erased, 1 gap, " in done.out
+    assert database.read_bytes() == before
+
+
+def test_ten_processes_bring_it_to_2_together(redpipe, fake_reddit, database):
+    fake_reddit.budgets["oauth"] = Budget(total=1_000_000)
+    make_version_1(database, [make_post(n) for n in range(1000)])
+    before = contents(database)[:4]
+    runs = [redpipe.start("--from=-", f"--field=f{n}", database) for n in range(8)]
+    runs += [redpipe.start("--interval=1", database, "rust", **APP) for _ in range(2)]
+    fake_reddit.create("rust")
+    for process in runs[:8]:
+        assert process.communicate("", timeout=60) == ("", "")
+        assert process.returncode == 0
+    for process in runs[8:]:
+        assert redpipe.stop(process).err == ""
+    assert contents(database)[:1] == before[:1]
+    assert version(database) == 2
+    columns = {row[1] for row in query(database, "PRAGMA table_info(posts)")}
+    assert columns >= {"checked_utc", "erased_utc", *(f"f{n}" for n in range(8))}
+
+
+def has_open(process, path):
+    """Tell whether a process that runs has a file open."""
+    with suppress(FileNotFoundError):  # closed meanwhile
+        return any(file.samefile(path) for file in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False
+
+
+def test_it_is_whole_whenever_it_is_killed_while_brought_to_2(redpipe, database, tmp_path, seed):
+    dice = random.Random(seed)
+    make_version_1(database, [make_post(n) for n in range(1000)])
+    before = contents(database)
+    old = {kept.name: kept.read_bytes() for kept in tmp_path.glob("posts.db*")}
+    found = Counter()
+    for _ in range(8):
+        for kept in tmp_path.glob("posts.db*"):
+            kept.unlink()
+        for name, data in old.items():
+            (tmp_path / name).write_bytes(data)
+        process = redpipe.start("--from=-", "--field=ups", database)
+        while not has_open(process, database):
+            pass
+        time.sleep(dice.uniform(0.0, 0.025))
+        process.kill()
+        process.communicate()
+        assert query(database, "PRAGMA integrity_check") == [("ok",)]
+        ((told,),) = query(database, "PRAGMA user_version")
+        columns = {row[1] for row in query(database, "PRAGMA table_info(posts)")}
+        assert ({"checked_utc", "erased_utc"} <= columns) == (told == 2)
+        assert not {"checked_utc", "erased_utc"} & columns or told == 2
+        assert contents(database) == before
+        found[told] += 1
+        assert redpipe("--from=-", database) == (0, "", "")
+        assert version(database) == 2
+        assert contents(database) == before
+    print(found)
