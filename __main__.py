@@ -535,7 +535,7 @@ class Run:
 
         with self.open_database() as database:
             asker = pipeline.Asker(reddit, once=True, chance=random.random, modest=True)
-            what = f"asking {source_of(access)} again about the posts"
+            what = f"rechecking {pipeline.several(self.names) or 'all posts'} {source_of(access)}"
             with self.told(what, line, result):
                 for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):
                     counts.update(part)

@@ -997,8 +997,8 @@ class Reddit:
         return self.budget.free(self.clock.monotonic())
 
     def half(self) -> int:
-        """Return how many requests are more than half of what the budget ever allows."""
-        return self.budget.known.most(self.clock.monotonic()) // 2 + 1
+        """Return how many requests must be left, so that half is when one more goes out."""
+        return -(-self.budget.known.most(self.clock.monotonic()) // 2) + 1
 
     def carries(self) -> float:
         """Return the requests a second that the budget carries."""
@@ -2153,11 +2153,11 @@ class Database:
         """
         chosen = [] if "all" in names else names
         where = f" AND lower(subreddit) IN ({', '.join('?' * len(chosen))})" if chosen else ""
-        ((last,),) = self.execute("SELECT max(rowid) FROM posts")
+        ((last,),) = self.execute("SELECT max(_rowid_) FROM posts")
         for start in range(0, (last or 0) + 1, PART):
             sql = (
-                "SELECT id FROM posts WHERE rowid BETWEEN ? AND ? AND erased_utc IS NULL"
-                f" AND coalesce(checked_utc, stored_utc, 0) <= ?{where} ORDER BY rowid"
+                "SELECT id FROM posts WHERE _rowid_ BETWEEN ? AND ? AND erased_utc IS NULL"
+                f" AND coalesce(checked_utc, stored_utc, 0) <= ?{where} ORDER BY _rowid_"
             )
             for (one,) in self.execute(sql, (start, start + PART - 1, before_utc, *chosen)):
                 yield one

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import re
+import signal
 import sqlite3
 import tempfile
 import time
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import Terminal, start_on
 
 import pipeline
 from artefact import wait_for
@@ -55,6 +59,14 @@ def query(database, sql):
 @pytest.fixture
 def database(tmp_path) -> Path:
     return tmp_path / "posts.db"
+
+
+@pytest.fixture
+def seed():
+    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
+    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
+    print(f"REDPIPE_SEED={drawn}")
+    return drawn
 
 
 class World:
@@ -596,6 +608,21 @@ def test_erased_stays_erased_whatever_comes_later(before, category, after):
             assert {key for key, value in row.items() if value is not None} == lasting
 
 
+def test_what_another_recheck_erased_meanwhile_stays_erased(world):
+    posts = world.add(range(2), score=5)
+    world.store(posts)
+
+    def erase(method, path, asked):
+        if path == "/api/info":
+            with Database(world.path, (), world.clock) as other:
+                other.revise({posts[0]["id"]: None})
+
+    world.reddit.faults = erase
+    world.recheck(specs=["score"])
+    assert world.content() == NOTHING
+    assert world.rows("score") == [(None,), (5,)]
+
+
 def test_an_open_follower_and_import_bring_nothing_back(world):
     (post,) = world.add([1], score=5)
     copy = dict(post)
@@ -746,14 +773,6 @@ def run_together(redpipe, fake_reddit, database, dump, dice, rounds):
         process.terminate()
         assert process.communicate(timeout=20)[1] == ""
     return taken
-
-
-@pytest.fixture
-def seed():
-    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
-    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
-    print(f"REDPIPE_SEED={drawn}")
-    return drawn
 
 
 def test_a_recheck_beside_others_that_are_killed_brings_nothing_back(
@@ -940,3 +959,389 @@ def test_it_is_whole_whenever_it_is_killed_while_brought_to_2(redpipe, database,
         assert version(database) == 2
         assert contents(database) == before
     print(found)
+
+
+# --- which posts, in which order
+
+
+def test_oldest_stored_first_a_hundred_a_request_each_answer_a_transaction(world):
+    created = list(range(250))
+    random.Random(5).shuffle(created)
+    posts = [world.reddit.add(make_post(n, 1_700_000_000 + n)) for n in created]
+    for start in range(0, 250, 50):
+        world.store(posts[start : start + 50])
+        world.clock.advance(5)
+    committed = []
+
+    def faults(method, path, asked):
+        if path == "/api/info":
+            committed.extend(query(world.path, "SELECT count(checked_utc) FROM posts"))
+
+    world.reddit.faults = faults
+    assert world.recheck() == {"due": 250, "asked": 250, "refreshed": 250, "erased": 0}
+    ids = [post["id"] for post in posts]
+    assert world.asked() == [ids[:100], ids[100:200], ids[200:]]
+    assert committed == [(0,), (100,), (200,)]
+    (seen, *_) = world.reddit.requests("/api/info")
+    assert seen.query.keys() == {"id", "raw_json"}
+
+
+def test_hours_may_be_a_fraction_and_count_from_the_last_answer(world):
+    ((first,), (second,)) = (world.add([n]) for n in range(2))
+    world.store([first])
+    world.clock.advance(1790)
+    assert world.recheck(0.5)["due"] == 0
+    world.store([second])
+    world.clock.advance(10)
+    assert world.recheck(0.5)["due"] == 1  # stored 1800 s ago
+    world.clock.advance(1780)
+    assert world.recheck(0.5)["due"] == 0
+    world.clock.advance(10)
+    assert world.recheck(0.5)["due"] == 1  # stored 1800 s ago; the first was asked for since
+    world.clock.advance(20)
+    assert world.recheck(0.5)["due"] == 1
+    assert world.recheck(0)["due"] == 2
+    one, two = [first["id"]], [second["id"]]
+    assert world.asked() == [one, two, one, one + two]
+
+
+def test_a_post_of_an_unknown_time_is_due(world):
+    world.store(world.add(range(2)))
+    with closing(sqlite3.connect(world.path)) as connection:
+        connection.execute("UPDATE posts SET stored_utc = NULL WHERE rowid = 1")
+        connection.commit()
+    assert world.recheck(1000)["due"] == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        ([], {0, 1, 2, 3, 4}),
+        (["all"], {0, 1, 2, 3, 4}),
+        (["python", "all"], {0, 1, 2, 3, 4}),
+        (["python"], {0, 1}),
+        (["rust", "go"], {2, 3}),
+        (["nobody"], set()),
+    ],
+)
+def test_names_select_without_regard_to_case(world, names, numbers):
+    names_of = ("Python", "pYTHON", "RUST", "go", None)
+    posts = [world.reddit.add(make_post(n)) for n in range(5)]
+    for post, name in zip(posts, names_of, strict=True):
+        post["subreddit"] = name
+    world.store(posts)
+    world.recheck(names=names)
+    asked = {identifier for ids in world.asked() for identifier in ids}
+    assert asked == {posts[number]["id"] for number in numbers}
+
+
+def test_names_of_the_command_line_select(redpipe, fake_reddit, database):
+    for n, name in enumerate(("Python", "rust", "go")):
+        fake_reddit.add(make_post(n, subreddit=name))
+    assert redpipe("--once", database, "all", **APP).status == 0
+    assert redpipe("--recheck=0", database, "r/PYTHON", "/r/Go/", **APP) == (0, "", "")
+    assert query(database, "SELECT subreddit FROM posts WHERE checked_utc > 0 ORDER BY 1") == [
+        ("Python",),
+        ("go",),
+    ]
+
+
+def test_a_column_named_rowid_does_not_hide_the_order(world):
+    posts = world.add(range(3), rowid=0)
+    world.store(posts, "rowid")
+    assert world.recheck(specs=["rowid"]) == {"due": 3, "asked": 3, "refreshed": 3, "erased": 0}
+
+
+def make_old(database):
+    """Let all posts have been stored two hours ago."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE posts SET stored_utc = stored_utc - 7200")
+        connection.commit()
+
+
+def fill(redpipe, fake_reddit, database, count):
+    posts = [fake_reddit.add(make_post(n)) for n in range(count)]
+    lines = "".join(json.dumps(post) + "\n" for post in posts)
+    assert redpipe("--from=-", database, stdin=lines) == (0, "", "")
+    make_old(database)
+    return posts
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(redpipe, fake_reddit, database, seed):
+    dice = random.Random(seed)
+    posts = fill(redpipe, fake_reddit, database, 2000)
+    fake_reddit.budgets["oauth"] = Budget(total=1_000_000)
+    fake_reddit.faults = lambda method, path, query: time.sleep(0.05)
+    for _ in range(3):
+        process = redpipe.start("--recheck=1", database, **APP)
+        ends = len(fake_reddit.requests("/api/info")) + dice.randrange(2, 5)
+        wait_for(lambda ends=ends: len(fake_reddit.requests("/api/info")) >= ends)
+        time.sleep(dice.uniform(0.0, 0.1))
+        assert process.poll() is None
+        redpipe.stop(process, signal.SIGKILL)
+    assert redpipe("--recheck=1", database, **APP) == (0, "", "")
+    asked = [seen.query["id"] for seen in fake_reddit.requests("/api/info")]
+    assert len(asked) <= 23
+    assert len({*asked}) == 20
+    assert ",".join(dict.fromkeys(asked)) == ",".join(f"t3_{post['id']}" for post in posts)
+    assert redpipe("--recheck=1", database, **APP) == (0, "", "")
+    assert len(fake_reddit.requests("/api/info")) == len(asked)
+
+
+# --- failures
+
+
+def failing(world, number, answer):
+    """Let the requests for the chunk of so many hundreds get that answer."""
+    first = list(world.reddit.posts)[number * 100]
+
+    def faults(method, path, asked):
+        return answer if f"t3_{first}" in asked.get("id", "") else None
+
+    world.reddit.faults = faults
+
+
+def test_what_fails_for_ever_lets_the_others_go_on_and_is_told(world):
+    world.store(world.add(range(350)))
+    failing(world, 1, reply(503))
+    with pytest.raises(pipeline.Failed) as caught:
+        world.recheck()
+    assert str(caught.value) == (
+        "100 posts could not be asked about, and are next time:"
+        " HTTP 503 (empty) instead of a listing"
+    )
+    assert caught.value.exit_status == 75
+    checked = [bool(utc) for (utc,) in world.rows("checked_utc")]
+    assert checked == [True] * 100 + [False] * 100 + [True] * 150
+    assert [len(ids) for ids in world.asked()[:6]] == [100, 100, 100, 100, 100, 50]
+    assert 120 <= world.clock.elapsed <= 135
+    assert len(world.asked()) < 20
+
+
+def test_an_outage_that_ends_costs_nothing_but_time(world):
+    world.store(world.add(range(350)))
+    world.clock.advance(HOUR)
+    down = world.clock.time() + 1, world.clock.time() + 60
+
+    def faults(method, path, asked):
+        return reply(503) if down[0] < world.clock.time() < down[1] else None
+
+    world.reddit.faults = faults
+    assert world.recheck(0.9)["asked"] == 350
+    assert world.rows("count(checked_utc)") == [(350,)]
+
+
+@pytest.mark.parametrize("posts", [5, 350, 9000])
+@pytest.mark.parametrize("answer", [reply(503), RESET, HANG])
+def test_a_reddit_that_is_away_is_given_up_after_two_minutes(world, posts, answer):
+    world.store(world.add(range(posts)))
+    world.reddit.faults = lambda method, path, query: answer
+    with pytest.raises(pipeline.Failed) as caught:
+        world.recheck()
+    assert str(caught.value).startswith(f"{posts:,} posts could not be asked about, and are next")
+    assert 120 <= world.clock.elapsed <= 120 + 11
+    assert caught.value.exit_status == 75
+
+
+def test_one_that_answers_nothing_but_429_is_given_up_after_an_hour(world):
+    world.store(world.add(range(5)))
+    world.reddit.faults = lambda method, path, query: (
+        error_reply(429, "Too Many Requests") if path == "/api/info" else None
+    )
+    with pytest.raises(pipeline.Failed, match="nothing but 429"):
+        world.recheck()
+    assert world.clock.elapsed <= 3700
+
+
+def test_refused_credentials_end_it_with_77(redpipe, fake_reddit, database):
+    fill(redpipe, fake_reddit, database, 3)
+    done = redpipe("--recheck=0", database, REDDIT_CLIENT_ID="app-id", REDDIT_CLIENT_SECRET="wrong")
+    assert (done.status, done.out) == (77, "")
+    assert done.err == "redpipe: Reddit refuses the credentials (401); see README, Credentials\n"
+    fake_reddit.script(block_page(), on="/api/info")
+    done = redpipe("--recheck=0", database, **APP)
+    assert done.status == 77
+    assert query(database, "SELECT count(title), count(checked_utc) FROM posts") == [(3, 0)]
+
+
+def test_a_feed_token_is_no_app(redpipe, database):
+    token = {"REDDIT_FEED_TOKEN": "x" * 40, "REDDIT_USERNAME": "somebody"}
+    assert redpipe("--recheck=1", database, **token).status == 78
+    assert not database.exists()
+
+
+def test_without_a_database_it_ends_with_73_and_makes_none(redpipe, fake_reddit, database):
+    done = redpipe("--recheck=1", database, **APP)
+    assert done == (73, "", f"redpipe: {database}: there is no database\n")
+    assert not database.exists()
+    database.touch()
+    assert redpipe("--recheck=1", database, **APP).status == 73
+    assert database.stat().st_size == 0
+    database.write_text("Dear diary")
+    assert redpipe("--recheck=1", database, **APP).status == 73
+    assert database.read_text() == "Dear diary"
+    assert fake_reddit.log == []
+
+
+def test_a_database_that_may_not_be_changed_ends_it_with_74(redpipe, fake_reddit, database):
+    fill(redpipe, fake_reddit, database, 3)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON posts"
+            " BEGIN SELECT raise(FAIL, 'database or disk is full'); END"
+        )
+        connection.commit()
+    done = redpipe("--recheck=0", database, **APP)
+    assert done == (74, "", f"redpipe: {database}: database or disk is full\n")
+
+
+@pytest.mark.parametrize("hours", ["x", "-1", "nan", "inf", "", "1e9", "1,5", "0x1"])
+def test_what_is_no_number_of_hours_ends_it_with_64(redpipe, database, hours):
+    done = redpipe(f"--recheck={hours}", database, **APP)
+    assert (done.status, done.out) == (64, "")
+    assert done.err == f"redpipe: --recheck={hours}: not a number from 0 to 1000000\n"
+    assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    "other", ["--once", "--from=x", "--status", "--interval=5", "--print", "--from=-"]
+)
+def test_what_does_not_go_with_it_ends_with_64(redpipe, database, other):
+    done = redpipe("--recheck=1", other, database)
+    assert (done.status, done.out) == (64, "")
+    name = other.partition("=")[0]
+    assert "do not go together" in done.err
+    assert "--recheck" in done.err
+    assert name in done.err
+    assert redpipe("--recheck=1", other).err == done.err  # whatever else is missing
+
+
+# --- the process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_while_a_request_hangs(redpipe, fake_reddit, database, number):
+    fill(redpipe, fake_reddit, database, 150)
+    fake_reddit.script(None, HANG, on="/api/info")
+    process = redpipe.start("--recheck=1", database, **APP)
+    wait_for(lambda: len(fake_reddit.requests("/api/info")) == 2)
+    began = time.monotonic()
+    assert redpipe.stop(process, number) == (-number, "", "")
+    assert time.monotonic() - began < 2
+    assert query(database, "SELECT count(checked_utc) FROM posts") == [(100,)]
+    assert list(redpipe.tmpdir.iterdir()) == []
+    assert not Path(f"{database}-wal").exists()
+
+
+def test_a_signal_ends_it_while_it_waits_for_the_budget(redpipe, fake_reddit, database):
+    fill(redpipe, fake_reddit, database, 350)
+    fake_reddit.budgets["oauth"] = Budget(total=4)
+    process = redpipe.start("--recheck=1", database, "-v", **APP)
+    said = iter(process.stderr.readline, "")
+    assert any("waiting" in line for line in said)
+    began = time.monotonic()
+    assert redpipe.stop(process).status == -signal.SIGTERM
+    assert time.monotonic() - began < 2
+    assert query(database, "SELECT count(checked_utc) FROM posts") == [(200,)]
+
+
+def test_it_is_quiet_and_tells_all_with_v(redpipe, fake_reddit, database):
+    fill(redpipe, fake_reddit, database, 150)
+    assert redpipe("--recheck=0", "-q", database, **APP) == (0, "", "")
+    done = redpipe("--recheck=0", "-v", database, **APP)
+    assert (done.status, done.out) == (0, "")
+    lines = done.err.splitlines()
+    assert all(line.startswith("redpipe: ") for line in lines)
+    assert lines[0] == (
+        f"redpipe: rechecking all posts from 127.0.0.1 with an app into {database}; Ctrl-C stops it"
+    )
+    assert "redpipe: 100 posts asked for, 0 erased" in lines
+    assert lines[-1] == "redpipe: 150 asked, 0 refreshed, 0 erased"
+    assert "app-secret" not in done.err
+
+
+@pytest.fixture
+def terminal():
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+def test_a_terminal_shows_how_many_of_how_many_and_in_the_end_what_was_done(
+    redpipe, fake_reddit, database, terminal
+):
+    posts = fill(redpipe, fake_reddit, database, 350)
+    fake_reddit.take_down(posts[5]["id"])
+    fake_reddit.budgets["oauth"] = Budget(total=4, window=4)
+    terminal.resize(120)
+    options = ("--recheck=1", "--field=score", "posts.db", "python", "rust")
+    process = start_on(terminal, redpipe, *options, **APP)
+    assert process.wait(30) == 0
+    first, line, last, after = terminal.screen()
+    assert first == (
+        "redpipe: rechecking r/python, r/rust from 127.0.0.1 with an app into posts.db;"
+        " Ctrl-C stops it"
+    )
+    assert re.fullmatch(r"redpipe: (200|350) of 350 asked, 1 erased, \w.*, \d requests left", line)
+    assert (last, after) == ("redpipe: 350 asked, 349 refreshed, 1 erased", "")
+    shown = terminal.shown.decode()
+    assert re.search(
+        r"redpipe: 200 of 350 asked, 1 erased, Reddit's budget: \d s, 2 requests", shown
+    )
+
+
+# --- the budget
+
+
+def most_in(seconds, times):
+    """Return the most requests that went out in so many seconds."""
+    return max(sum(start <= at < start + seconds for at in times) for start in times)
+
+
+@pytest.mark.parametrize("total", [2, 3, 10, 60])
+def test_it_leaves_half_of_every_window_to_others(world, total):
+    world.store(world.add(range(100 * total * 2)))
+    world.reddit.budgets["oauth"] = Budget(total=total, window=600)
+    assert world.recheck()["asked"] == 200 * total
+    times = [seen.time for seen in world.reddit.requests("/api/info")]
+    windows = Counter(int(at // 600) for at in times)
+    assert max(windows.values()) <= total // 2
+    assert len(windows) >= 4
+    assert {seen.status for seen in world.reddit.log} == {200}
+
+
+def test_what_others_take_counts(world):
+    world.store(world.add(range(6000)))
+    world.reddit.budgets["oauth"] = Budget(total=60, window=600, others=0.04)  # 24 in a window
+    world.recheck()
+    budget = 60
+    for window, times in itertools.groupby(
+        [seen.time for seen in world.reddit.requests("/api/info")], key=lambda at: int(at // 600)
+    ):
+        last = list(times)
+        taken = len(last) + 0.04 * (last[-1] - window * 600)
+        assert taken <= budget / 2 + 1
+    assert {seen.status for seen in world.reddit.log} == {200}
+
+
+def test_without_a_window_told_it_takes_half_of_what_is_assumed(world):
+    world.store(world.add(range(9500)))
+    world.reddit.budgets["oauth"] = None
+    world.recheck()
+    times = [seen.time for seen in world.reddit.requests("/api/info")]
+    assert len(times) == 95
+    assert most_in(59.9, times) == 30
+
+
+def test_a_follower_beside_it_on_the_same_app_never_gets_a_429(redpipe, fake_reddit, database):
+    fill(redpipe, fake_reddit, database, 9000)
+    fake_reddit.grow(2, ["python"])
+    fake_reddit.budgets["oauth"] = Budget(total=40, window=10)
+    follower = redpipe.start("--interval=1", database, "python", **APP)
+    recheck = redpipe.start("--recheck=1", database, **APP)
+    time.sleep(25)
+    assert redpipe.stop(recheck).err == ""
+    assert redpipe.stop(follower).err == ""
+    assert {seen.status for seen in fake_reddit.log} == {200}
+    assert len(fake_reddit.requests("/api/info")) > 30
+    assert len(fake_reddit.requests("/new")) > 15
