@@ -1570,8 +1570,9 @@ def recheck(
     database.execute("PRAGMA secure_delete = ON")  # an erased row's place in the file is zeroed
     fields = [field for field in fields if field.column in database.columns]
     before = int(asker.clock.time() - hours * 3600)
-    yield Counter(due=sum(1 for _ in database.due(before, names)))
-    for tries in (TRIES, 1000):
+    count = sum(1 for _ in database.due(before, names))
+    yield Counter(due=count)
+    for tries in (TRIES, 1000) if count else ():
         complete, due = True, database.due(before, names)
         while ids := list(itertools.islice(due, PAGE)):
             try:
