@@ -10,6 +10,7 @@ import re
 import signal
 import sqlite3
 import tempfile
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -43,7 +44,7 @@ from fake_reddit import (
     thing,
 )
 from pipeline import COLUMNS, Access, Asker, Database, Reddit, load, parse_fields, transform
-from virtual import VirtualClock, fetch_from
+from virtual import Ended, SharedClock, VirtualClock, fetch_from
 
 APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
 ERASED = ("deleted", "author", "content_takedown", "copyright_takedown")
@@ -1392,3 +1393,106 @@ def test_a_pass_over_many_posts_is_quick_and_holds_few_of_them(redpipe, database
             assert tracemalloc.get_traced_memory()[1] < 3_000_000
         finally:
             tracemalloc.stop()
+
+
+# --- a day
+
+
+class Day:
+    """A post a second, of which a fifth is deleted later; a follower, and a recheck beside it."""
+
+    def __init__(self, path, hours, every) -> None:
+        self.path, self.every = str(path), every
+        self.clock = SharedClock(2, hours * HOUR)
+        self.reddit = FakeReddit(self.clock)
+        self.reddit.budgets["oauth"] = Budget(total=600)
+        self.dice = random.Random(20)
+        self.deleted: dict[str, float] = {}
+        self.runs: list[tuple[float, float]] = []
+        self.late: list[str] = []
+        self.reddit.create("python")
+        self.arrive(1, self.clock.now)
+
+    def arrive(self, n, utc):
+        """List the n-th post, let chance delete it later, and put the next on the agenda."""
+        post = make_post(n, utc)
+        keys = ("id", "name", "title", "author", "author_fullname", "permalink", "subreddit")
+        post = {key: post[key] for key in keys} | {"created_utc": float(int(utc))}
+        self.reddit.add(post, visible_utc=utc + self.dice.expovariate(1))
+        if self.dice.random() < 0.2:
+            gone = utc + self.dice.expovariate(1 / (2 * self.every))
+            self.reddit._later(gone, lambda _: self.delete(post["id"], gone))
+        then = utc + self.dice.expovariate(1)
+        self.reddit._later(then, lambda _: self.arrive(n + 1, then))
+
+    def delete(self, identifier, utc):
+        self.reddit.take_down(identifier)
+        self.deleted[identifier] = utc
+
+    def source(self):
+        access = Access("", "app-id", "app-secret")
+        return Reddit(access, fetch_from(self.reddit, self.clock), self.clock)
+
+    def follow(self):
+        with Database(self.path, clock=self.clock) as database:
+            chance = random.Random(1).random
+            for batch in pipeline.stream(self.source(), ["python"], database, chance=chance):
+                load(database, map(transform, batch.posts), batch.cursors, batch.gaps)
+
+    def recheck(self):
+        while True:
+            self.clock.sleep(self.every)
+            began = self.clock.now
+            asker = Asker(self.source(), once=True, chance=lambda: 0.5, modest=True)
+            with Database(self.path, clock=self.clock) as database:
+                for _ in pipeline.recheck(asker, database, [], [], 0.0):
+                    pass
+            self.runs.append((began, self.clock.now))
+            self.look(began)
+
+    def look(self, began):
+        """Note what was deleted before a run began, and is there after it."""
+        there = {found for (found,) in query(self.path, "SELECT id FROM posts WHERE title > ''")}
+        self.late += [one for one in there if self.deleted.get(one, began) < began]
+
+    def live(self):
+        def thread(work):
+            try:
+                with suppress(Ended):
+                    self.clock.sleep(0)
+                    work()
+            finally:  # an error in a thread is one of the test, too
+                self.clock.leave()
+
+        threads = [threading.Thread(target=thread, args=(w,)) for w in (self.follow, self.recheck)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+
+
+@pytest.mark.parametrize(
+    ("hours", "every"),
+    [(3, 0.7), pytest.param(24.9, 6, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
+)
+def test_a_recheck_beside_a_follower_leaves_nothing_that_was_deleted_before_it(
+    database, hours, every
+):
+    day = Day(database, hours, every * HOUR)
+    day.live()
+    assert len(day.runs) >= 3
+    assert day.late == []
+    assert {seen.status for seen in day.reddit.log} == {200}
+    stored = {found for (found,) in query(database, "SELECT id FROM posts")}
+    soon = day.clock.end - 60
+    lost = [
+        identifier
+        for identifier, utc in day.reddit.listed.items()
+        if utc < soon and identifier not in stored and identifier not in day.deleted
+    ]
+    assert lost == []
+    assert query(database, "SELECT count(*) FROM gaps") == [(0,)]
+    erased = query(database, "SELECT count(*) FROM posts WHERE erased_utc > 0")[0][0]
+    minutes = [round((ended - began) / 60, 1) for began, ended in day.runs]
+    asked = len(day.reddit.requests("/api/info"))
+    print(f"{len(stored)} stored, {erased} erased, {asked} requests, runs of {minutes} min")

@@ -7,6 +7,7 @@ source = pipeline.Reddit(access, fetch_from(reddit, clock), clock)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -49,6 +50,56 @@ class VirtualClock:
 
     def set(self, now: float) -> None:
         """Set the time of day, as an administrator or NTP does."""
+        self.now = now
+
+
+class Ended(BaseException):
+    """Say that the time is over; nothing in the product may catch it."""
+
+
+class SharedClock(VirtualClock):
+    """Let several threads live on one clock: one runs at a time, whose time comes first.
+
+    Each begins with `sleep`, and the first of them runs when `threads` have; in the end `sleep`
+    raises `Ended`, and each says `leave`. So a run is the same every time.
+    """
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        super().__init__()
+        self.expected = threads
+        self.end = self.now + seconds
+        self.wakes: dict[int, float] = {}
+        self.turn = 0
+        self.passed = threading.Condition()
+
+    def sleep(self, seconds: float) -> None:
+        """Let the others run until it is this thread's time again."""
+        me = threading.get_ident()
+        with self.passed:
+            self.wakes[me] = self.now + seconds
+            self._pass_on()
+            assert self.passed.wait_for(lambda: self.turn == me, 60)
+            self._set(self.wakes[me])
+        if self.now >= self.end:
+            raise Ended
+
+    advance = sleep
+    """A request takes time, in which others run."""
+
+    def leave(self) -> None:
+        """Take part no longer."""
+        with self.passed:
+            self.expected -= 1
+            del self.wakes[threading.get_ident()]
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.wakes and len(self.wakes) == self.expected:
+            self.turn = min(self.wakes, key=lambda thread: self.wakes[thread])
+            self.passed.notify_all()
+
+    def _set(self, now: float) -> None:
+        self.elapsed += now - self.now
         self.now = now
 
 
