@@ -376,7 +376,7 @@ def standing(reddit: "pipeline.Reddit") -> str:
     if until is not None:  # what comes next, or what lasts
         left = duration(until - reddit.clock.monotonic() + 0.999)
         what += (" in " if "next" in what else ": ") + left
-    return f"{what}, {reddit.at_once():,} requests left"
+    return f"{what}, {reddit.budget.free(reddit.clock.monotonic()):,} requests left"
 
 
 def duration(seconds: float) -> str:

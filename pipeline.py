@@ -17,7 +17,6 @@ are arguments. Nothing here prints, reads the environment or knows of signals.
 from __future__ import annotations
 
 import base64
-import codecs
 import io
 import itertools
 import json
@@ -54,8 +53,7 @@ SHORT = 750
 STEADY = 1.0  # seconds in which few posts are listed, of all of Reddit too
 RUNAWAY = 4 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
-CONNECT_TIMEOUT = 5.0  # seconds
-READ_TIMEOUT = 10.0
+TIMEOUTS = 5.0, 10.0  # seconds; to connect, and between two parts of an answer
 BODY_TIMEOUT = 30.0
 IDLE_TIMEOUT = 50.0  # NATs drop what was silent for a minute, without a word
 BODY_LIMIT = 16 * 2**20  # bytes; of an answer and of a line
@@ -160,7 +158,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back; the names of `headers` are lower case."""
+    """What came back; `headers` are asked for by names in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -264,29 +262,26 @@ class Field(NamedTuple):
 
 # --- Posts in listings and files ----------------------------------------------
 
-_ID = re.compile(r"[0-9a-z]+")  # base 36; its length grows (libreddit issue 675)
+# Where a post's id is, base 36; its length grows (libreddit issue 675).
+_IDS = (("id", re.compile("([0-9a-z]+)")), ("name", re.compile("t3_([0-9a-z]+)")))
 
 
-def post_id(post: Mapping[str, Any]) -> str | None:
-    """Return the post's id (base 36, without t3_), or None when it has none."""
-    known = post.get("id")
-    if isinstance(known, str) and _ID.fullmatch(known):
-        return known
-    name = post.get("name")
-    if isinstance(name, str) and name.startswith("t3_") and _ID.fullmatch(name, 3):
-        return name[3:]
+def usable(post: Any) -> Post | None:
+    """Return a post with its `id` in place, or None when it has no usable one."""
+    for key, form in _IDS if isinstance(post, dict) else ():
+        if isinstance(post.get(key), str) and (found := form.fullmatch(post[key])):
+            post["id"] = found[1]
+            return cast("Post", post)
     return None
 
 
 def integer(value: Any) -> int | None:
     """Return a number, or a number in a string, as a 64-bit integer, else None."""
-    if isinstance(value, bool):
-        return None
     try:
         number = value if isinstance(value, int) else int(float(value))
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if -(2**63) <= number < 2**63 else None
+    return number if -(2**63) <= number < 2**63 and not isinstance(value, bool) else None
 
 
 def created(post: Mapping[str, Any]) -> int | None:
@@ -310,29 +305,15 @@ def parse_json(text: bytes) -> Any:
 
 
 def is_listing(value: Any) -> bool:
-    if not (isinstance(value, dict) and value.get("kind") == "Listing"):
-        return False
-    data = value.get("data")
-    return isinstance(data, dict) and isinstance(data.get("children"), list)
+    data = value.get("data") if isinstance(value, dict) else None
+    children = data.get("children") if isinstance(data, dict) else None
+    return isinstance(children, list) and bool(value.get("kind") == "Listing")
 
 
 def t3_data(children: Iterable[Any]) -> list[Any]:
     """Return what is inside a listing's posts; other kinds of things are skipped."""
     things = (thing for thing in children if isinstance(thing, dict))
     return [thing.get("data") for thing in things if thing.get("kind") == "t3"]
-
-
-def usable(post: Any) -> Post | None:
-    """Return a post with its `id` in place, or None when it has no usable one."""
-    known = post_id(post) if isinstance(post, dict) else None
-    if known is None:
-        return None
-    post["id"] = known
-    return cast("Post", post)
-
-
-def listed_posts(children: Iterable[Any]) -> list[Post]:
-    return [post for post in map(usable, t3_data(children)) if post]
 
 
 def oldest_first(posts: Iterable[Post]) -> list[Post]:
@@ -351,12 +332,9 @@ def listing_rate(posts: Sequence[Post]) -> float:
 
 # --- Answers ------------------------------------------------------------------
 
-# Who is asked: the API with a token, the anonymous JSON, the feed; and for a token.
-OAUTH, JSON, FEED, GRANT = "oauth", "json", "feed", "grant"
-# What came: a page, a token, JSON with an error in words, other JSON objects, what
-# passes whatever was asked, a login page, the search for subreddits, anything else.
-LISTING, TOKEN, DENIAL, OBJECT, FAULT, LOGIN, SEARCH, OTHER = range(8)
-ANY = None
+# Who is asked: the API with a token, the anonymous JSON, the feed, the feed with its own
+# token; and for the API's token.
+OAUTH, JSON, FEED, OWN_FEED, GRANT = "oauth", "json", "feed", "own feed", "grant"
 
 
 class NoJson(AskAgain):
@@ -371,89 +349,66 @@ class NoFeed(Refused):
     """The feed is closed to this address; or only one name's is, when others come."""
 
 
-class Login(Failed):
-    """A login page came, which with a feed token means that it is refused."""
-
-
 class Rule(NamedTuple):
-    """What an answer means: an error to raise, None when it is good."""
+    """What an answer means: an error to raise, None when it is good.
 
-    status: int | None
-    body: int | None
-    source: str | None
+    `answers`: a pattern of its status, its kind and its source, as in "404 object own feed".
+    """
+
+    answers: str
     error: type[RedpipeError] | None
     sentence: str = ""
 
 
 NO_FEED = "Reddit blocks this address, or the subreddit is private or quarantined (403)"
-NO_LISTING = "HTTP {status} ({came}) instead of a listing"
 # The first row that fits counts. A final error is final only before the first good
 # answer for a name; afterwards it is a failure that may pass.
 # fmt: off
 RULES = (
-    Rule(200, LISTING, ANY,   None),
-    Rule(200, TOKEN,   GRANT, None),
-    Rule(429, ANY,     ANY,   AskAgain, "rate limited (429)"),
-    Rule(ANY, DENIAL,  GRANT, Refused,  "Reddit refuses the credentials ({reason})"),
-    Rule(400, ANY,     GRANT, Refused,  "Reddit refuses the credentials (400)"),
-    Rule(401, ANY,     GRANT, Refused,  "Reddit refuses the credentials (401)"),
-    Rule(403, ANY,     GRANT, Refused,  "Reddit refuses or blocks the app (403)"),
-    Rule(ANY, ANY,     GRANT, Failed,   "HTTP {status} ({came}) instead of a token"),
-    Rule(401, ANY,     OAUTH, BadToken, "Reddit refuses the token (401)"),
-    Rule(401, OBJECT,  ANY,   Refused,  "Reddit wants credentials (401)"),
-    Rule(451, ANY,     ANY,   Gone,     "cannot be read for legal reasons (451)"),
-    Rule(ANY, SEARCH,  ANY,   Gone,     "does not exist"),
-    Rule(403, OBJECT,  ANY,   Gone,     "cannot be read: {reason} (403)"),
-    Rule(404, OBJECT,  ANY,   Gone,     "cannot be read: {reason} (404)"),
-    Rule(404, ANY,     FEED,  Gone,     "does not exist, or is banned (404)"),
-    Rule(ANY, OBJECT,  ANY,   Failed,   NO_LISTING),
-    Rule(ANY, FAULT,   ANY,   Failed,   NO_LISTING),
-    Rule(ANY, ANY,     JSON,  NoJson,   "Reddit blocks anonymous JSON ({status}); taking the feed"),
-    Rule(401, ANY,     ANY,   Refused,  "Reddit wants credentials (401)"),
-    Rule(403, ANY,     FEED,  NoFeed,   NO_FEED),
-    Rule(403, OTHER,   ANY,   Refused,  "Reddit blocks this address, or the app (403)"),
-    Rule(ANY, LOGIN,   FEED,  Login,    NO_LISTING),
-    Rule(ANY, ANY,     ANY,   Failed,   NO_LISTING),
+    Rule("200 listing .*",             None),
+    Rule("200 token grant",            None),
+    Rule("429 .*",                     AskAgain, "rate limited (429)"),
+    Rule(".* denial grant",            Refused,  "Reddit refuses the credentials ({came})"),
+    Rule("40[01] .* grant",            Refused,  "Reddit refuses the credentials ({status})"),
+    Rule("403 .* grant",               Refused,  "Reddit refuses or blocks the app (403)"),
+    Rule(".* grant",                   Failed,   "HTTP {status} ({came}) instead of a token"),
+    Rule("401 .* oauth",               BadToken, "Reddit refuses the token (401)"),
+    Rule("401 (object .*|.*feed)",     Refused,  "Reddit wants credentials (401)"),
+    Rule("451 .*",                     Gone,     "cannot be read for legal reasons (451)"),
+    Rule(".* search .*",               Gone,     "does not exist"),
+    Rule("40[34] object .*",           Gone,     "cannot be read: {came} ({status})"),
+    Rule("404 .*feed",                 Gone,     "does not exist, or is banned (404)"),
+    Rule(".* (object|fault) .*",       Failed,   "HTTP {status} ({came}) instead of a listing"),
+    Rule(".* json", NoJson, "Reddit blocks anonymous JSON ({status}); taking the feed"),
+    Rule("403 .*feed",                 NoFeed,   NO_FEED),
+    Rule("403 other .*",               Refused,  "Reddit blocks this address, or the app (403)"),
+    Rule(".* login own feed",          Refused,  "Reddit answers the feed token with a login page"),
+    Rule(".*",                         Failed,   "HTTP {status} ({came}) instead of a listing"),
 )
 # fmt: on
 
 
-def rule_for(status: int, body: int, source: str) -> Rule:
-    """Return the first row of RULES that fits an answer."""
-    answer = (status, body, source)
-    return next(
-        rule
-        for rule in RULES
-        if all(want in (ANY, got) for want, got in zip(rule[:3], answer, strict=True))
-    )
-
-
 def judged(answer: Answer, source: str, value: Any) -> Any:
     """Return what a good answer holds; raise what RULES say of another one."""
-    rule = rule_for(answer.status, kind_of(answer, source, value), source)
+    answered = f"{answer.status} {kind_of(answer, source, value)} {source}"
+    rule = next(rule for rule in RULES if re.fullmatch(rule.answers, answered))
     if rule.error:
-        raise rule.error(explained(rule, answer, value))
+        raise rule.error(rule.sentence.format(status=answer.status, came=came(answer, value)))
     return value
 
 
-def server_time(answer: Answer, otherwise: float) -> float:
-    """Return the answer's own time (`Date`), in UTC seconds."""
-    return http_date(answer.headers.get("date", "")) or otherwise
-
-
-def http_date(text: str) -> float | None:
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
+def http_date(text: str | None) -> float | None:
+    with suppress(TypeError, ValueError, IndexError, OverflowError):
+        return parsedate_to_datetime(text or "").timestamp()
+    return None
 
 
 def read_value(body: bytes, source: str, utc: float) -> Page | dict[str, Any] | None:
     """Return what a body holds: a page, another JSON object, or None for anything else."""
-    if source == FEED and (page := read_feed(body, utc)):
+    if source in (FEED, OWN_FEED) and (page := read_feed(body, utc)):
         return page
     try:
-        value = parse_json(body.removeprefix(codecs.BOM_UTF8))
+        value = parse_json(body.removeprefix("\ufeff".encode()))
     except ValueError:
         return None
     if source in (OAUTH, JSON) and is_listing(value):
@@ -461,37 +416,29 @@ def read_value(body: bytes, source: str, utc: float) -> Page | dict[str, Any] | 
     return value if isinstance(value, dict) else None
 
 
-def kind_of(answer: Answer, source: str, value: Page | dict[str, Any] | None) -> int:
-    """Return what came, as RULES have it."""
-    status, where = answer.status, redirect_of(answer)
+def kind_of(answer: Answer, source: str, value: Page | dict[str, Any] | None) -> str:
+    """Return what came, as RULES have it.
+
+    A fault passes whatever was asked; a denial is an error in words instead of a token.
+    """
+    status, where = answer.status, url_path(answer.headers.get("location", ""))
     broken = status == 200 and value is None and answer.body.lstrip()[:1] in (b"", b"{")
     if broken or status == 408 or status >= 500:
-        return FAULT
+        return "fault"
     if isinstance(value, Page):
-        return LISTING
+        return "listing"
     if where.startswith("/subreddits/search"):
-        return SEARCH
+        return "search"
     if value is None or 300 <= status < 400:
         html = status == 200 and media_type(answer) == "text/html"
-        return LOGIN if html or "/login" in where else OTHER
-    if source == GRANT and is_token(value):
-        return TOKEN
-    return DENIAL if source == GRANT and isinstance(value.get("error"), str) else OBJECT
-
-
-def redirect_of(answer: Answer) -> str:
-    """Return the path that a redirect leads to; of other answers nothing."""
-    redirect = 300 <= answer.status < 400
-    return url_path(answer.headers.get("location", "")) if redirect else ""
+        return "login" if html or "/login" in where else "other"
+    if source == GRANT and re.fullmatch("[!-~]+", str(value.get("access_token") or "")):
+        return "token"
+    return "denial" if source == GRANT and isinstance(value.get("error"), str) else "object"
 
 
 def media_type(answer: Answer) -> str:
     return answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def is_token(value: dict[str, Any]) -> bool:
-    token = value.get("access_token")
-    return isinstance(token, str) and token.isascii() and token.isprintable() and token != ""
 
 
 # A server may show what it was sent. Only this is repeated: short words of letters and
@@ -511,39 +458,33 @@ def plain(said: Any) -> str:
     return said if isinstance(said, str) and len(said) < 200 and _PLAIN.fullmatch(said) else ""
 
 
-def explained(rule: Rule, answer: Answer, value: Any) -> str:
-    """Fill in a rule's sentence with what the answer says of itself."""
-    said = value if isinstance(value, dict) else {}
-    words = [plain(said.get(key)) for key in ("reason", "message", "error")]
-    reason = next(filter(None, words), "no reason given")
-    if described := plain(said.get("error_description")):
-        reason = f"{reason}: {described}"
-    came = reason if said else plain(media_type(answer)) or "of unknown type"
+def came(answer: Answer, value: Any) -> str:
+    """Say what came: what an object says of itself, else where it leads or of what type it is."""
     if 300 <= answer.status < 400:
-        came = f"redirect to {plain(redirect_of(answer)) or 'another page'}"
-    elif not answer.body:
-        came = "empty"
-    return rule.sentence.format(status=answer.status, reason=reason, came=came)
+        path = url_path(answer.headers.get("location", ""))
+        return f"redirect to {plain(path) or 'another page'}"
+    if isinstance(value, dict):
+        words = [plain(value.get(key)) for key in ("reason", "message", "error")]
+        reason = next(filter(None, words), "no reason given")
+        described = plain(value.get("error_description"))
+        return f"{reason}: {described}" if described else reason
+    return plain(media_type(answer)) or "of unknown type" if answer.body else "empty"
 
 
 def listing_page(data: dict[str, Any], utc: float) -> Page:
-    """Turn a Listing's data into a Page; `after` null is the listing's end."""
-    posts = listed_posts(data["children"])
-    after = data.get("after", "")
-    if after is not None and not (isinstance(after, str) and after):
-        after = fullname(posts[-1]) if posts else None
-    return Page(posts, after, len(data["children"]), utc)
+    """Turn a Listing's data into a Page; `after` null is the listing's end, none tells nothing."""
+    posts = list(filter(None, map(usable, t3_data(data["children"]))))
+    last = fullname(posts[-1]) if posts else None
+    return Page(posts, data.get("after", last), len(data["children"]), utc, "after" in data)
 
 
 def fullname(post: Post) -> str:
     return f"t3_{post['id']}"
 
 
-_ATOM = {"": "http://www.w3.org/2005/Atom"}
 # What may stand before the root: no DOCTYPE, whose entities could grow without bound.
 _FEED = re.compile(r"(?:\s|<\?[^>]*>|<!--[^>]*>)*(<feed\b[^>]*>)")
 _CDATA = re.compile(r"<!\[CDATA\[((?:(?!<!\[CDATA\[).)*?)\]\]>", re.DOTALL)
-_ENCODING = re.compile(rb"(?i)\s*<\?xml[^>]*?(iso-8859-(?:1[013-6]?|[2-9])|windows-125[0-8])")
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _REFERENCE = re.compile(r"&(?:#[0-9]{1,9};|#[xX][0-9a-fA-F]{1,8};|[A-Za-z]\w{1,31};)?")
 
@@ -556,40 +497,27 @@ def read_feed(body: bytes, utc: float) -> Page | None:
     """
     from html import escape  # here, because only the feed needs it
 
-    text = _CDATA.sub(lambda section: escape(section[1]), feed_text(body))
+    text = _CDATA.sub(lambda section: escape(section[1]), body.decode("utf-8-sig", "replace"))
     head, *entries = re.split(r"<entry(?=[\s/>])", text)
-    root = _FEED.match(head)
-    if not (root and _ATOM[""] in root[1] and "</feed>" in (head, *entries)[-1]):
+    found = _FEED.match(head)
+    if not (found and "http://www.w3.org/2005/Atom" in found[1] and "</feed>" in text):
         return None
-    posts = listed_posts(feed_thing(root[1], entry) for entry in entries)
-    after = fullname(posts[-1]) if posts else None
-    return Page(posts, after, len(entries), utc, tells_end=False)
-
-
-def feed_text(body: bytes) -> str:
-    """Decode a feed: as UTF-8 whatever it declares, if that is possible."""
-    encoding = json.detect_encoding(body)
-    try:
-        return body.decode(encoding)
-    except UnicodeDecodeError:
-        declared = _ENCODING.match(body)
-        return body.decode(declared[1].decode() if declared else encoding, "replace")
+    root = found[1].replace("xmlns=", "xmlns:none=")  # so that names have no prefix
+    return listing_page({"children": [feed_thing(root, entry) for entry in entries]}, utc)
 
 
 def feed_thing(root: str, entry: str) -> dict[str, Any]:
     """Return what follows `<entry` as a listing's child; of no kind if it cannot be read."""
     from xml.etree import ElementTree
 
-    if "</content>" in entry:  # most of the text, and of no use
-        before, _, content = entry.partition("<content")
-        entry = before + content.partition("</content>")[2]
+    before, _, content = entry.partition("<content")  # most of the text, and of no use
+    entry = before + content.partition("</content>")[2]
     entry = f"{root}<entry{entry.partition('</entry>')[0]}</entry></feed>"
     try:
         feed = ElementTree.fromstring(_FORBIDDEN.sub("\ufffd", _REFERENCE.sub(meant, entry)))
     except ElementTree.ParseError:
         return {}
-    post = feed_post(feed[0])
-    return {"kind": post["name"][:2], "data": post}
+    return {"kind": "t3", "data": feed_post(feed[0])}
 
 
 def meant(reference: re.Match[str]) -> str:
@@ -606,49 +534,33 @@ def feed_post(entry: Any) -> Post:
     The forms are `id` t3_x, `category/@term` python, `author/name` /u/x,
     `published` 2026-11-23T08:00:00+00:00, `link/@href` an absolute address.
     """
-    text = partial(entry.findtext, default="", namespaces=_ATOM)
     attributes = {element.tag: element.attrib for element in reversed(entry)}
-    category, link = (attributes.get(f"{{{_ATOM['']}}}{tag}", {}) for tag in ("category", "link"))
     return {
-        "name": text("id").strip(),
-        "title": entry.findtext("title", None, _ATOM),
-        "subreddit": category.get("term"),
-        "author": text("author/name").rpartition("/")[2] or None,
-        "created_utc": iso_seconds(text("published") or text("updated")),
-        "permalink": url_path(link.get("href", "")) or None,
+        "name": entry.findtext("id", "").strip(),
+        "title": entry.findtext("title"),
+        "subreddit": attributes.get("category", {}).get("term"),
+        "author": entry.findtext("author/name", "").rpartition("/")[2] or None,
+        "created_utc": iso_seconds(entry.findtext("published", "")),
+        "permalink": url_path(attributes.get("link", {}).get("href", "")) or None,
     }
 
 
 def iso_seconds(text: str) -> int | None:
     """Return an ISO 8601 time in UTC seconds."""
-    try:
+    with suppress(ValueError):
         moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return int(moment.timestamp()) if moment.tzinfo else None
+        return int(moment.timestamp()) if moment.tzinfo else None
+    return None
 
 
 def url_path(url: str) -> str:
-    try:
-        return urlsplit(url).path
-    except ValueError:
-        return ""
-
-
-def number(text: str | None) -> float | None:
-    """Return a header's finite number."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    return re.sub(r"(?s)^(\w+:)?//[^/?#]*|[?#].*", "", url)
 
 
 def retry_after(text: str | None, utc: float) -> float | None:
     """Return the seconds of a Retry-After, one at least; it may be a date (RFC 9110, 10.2.3)."""
-    seconds = number(text)
-    if seconds is None and text and (date := http_date(text)) is not None:
-        seconds = date - utc
+    date = http_date(text)
+    seconds = integer(text) if date is None else date - utc
     return None if seconds is None else max(1.0, seconds)
 
 
@@ -774,7 +686,7 @@ class Budget(NamedTuple):
         """Take in what an answer says of the budget; `utc` is the server's time."""
         known, wait = self.known, retry_after(answer.headers.get("retry-after"), utc) or 0.0
         remaining, reset, used = (
-            number(answer.headers.get(f"x-ratelimit-{key}"))
+            integer(answer.headers.get(f"x-ratelimit-{key}"))
             for key in ("remaining", "reset", "used")
         )
         if remaining is not None and reset is not None:
@@ -860,21 +772,21 @@ def http_fetch(clock: Clock = time) -> Fetch:
 
     session = requests.Session()
     session.headers["Accept-Encoding"] = "gzip"
+    session.stream = True
     session.auth = lambda prepared: prepared  # or requests looks into ~/.netrc
-    # Or requests reads a redirect's body itself, without our limits, to follow it.
+    # No redirect is followed, and its body is read within our limits.
     session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
     used: dict[str, float] = {}  # when each host last answered
 
     def fetch(request: Request) -> Answer:
         host = urlsplit(request.url).netloc
-        last = used.pop(host, None)
-        if last is not None and clock.monotonic() - last >= IDLE_TIMEOUT:
+        reused = clock.monotonic() - used.pop(host, -math.inf) < IDLE_TIMEOUT
+        if not reused:
             session.close()
-            last = None
         try:
             answer = send(session, request)
         except Failed as exc:
-            if last is None or not any(isinstance(cause, ConnectionError) for cause in causes(exc)):
+            if not (reused and any(isinstance(cause, ConnectionError) for cause in causes(exc))):
                 raise
             answer = send(session, request)
         used[host] = clock.monotonic()
@@ -886,26 +798,16 @@ def http_fetch(clock: Clock = time) -> Fetch:
 def send(session: Any, request: Request) -> Answer:
     """Send a request; raise Failed in words without the address, which may hold a token.
 
-    Redirects are not followed, and what goes to this machine does not pass a proxy.
+    What goes to this machine does not pass a proxy.
     """
-    import requests
-    import urllib3
+    from urllib3.exceptions import HTTPError
 
-    past_proxies = {"http": "", "https": "", "all": ""} if is_loopback(request.url) else None
+    past = {"http": "", "https": "", "all": ""} if is_loopback(request.url) else None
     try:
-        with session.request(
-            **request._asdict(),
-            proxies=past_proxies,
-            timeout=(CONNECT_TIMEOUT, READ_TIMEOUT),
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            return Answer(response.status_code, headers, read_body(response))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as exc:
+        with session.request(**request._asdict(), proxies=past, timeout=TIMEOUTS) as response:
+            return Answer(response.status_code, response.headers, read_body(response))
+    except (HTTPError, OSError, ValueError) as exc:  # those of requests are OSErrors
         raise Failed(network_trouble(exc)) from exc
-    except (ValueError, EOFError) as exc:
-        raise Failed("malformed response") from exc
 
 
 def read_body(response: Any) -> bytes:
@@ -914,7 +816,7 @@ def read_body(response: Any) -> bytes:
 
     try:
         body = read_whole(response.raw, decode=False)
-        return decoded(body, response.headers.get("content-encoding", "")) if body else body
+        return decoded(body, response.headers.get("content-encoding", ""))
     except (HTTPError, Failed):
         if response.status_code == 200:
             raise
@@ -922,32 +824,25 @@ def read_body(response: Any) -> bytes:
 
 
 def decoded(body: bytes, encoding: str) -> bytes:
-    """Decompress a body, or return nothing; gzip's several members and what follows are fine.
+    """Decompress a body; gzip's several members and what follows are fine.
 
     From memory: from a connection urllib3 reads on until something comes out, without limits.
     """
     from urllib3 import HTTPResponse
-    from urllib3.exceptions import DecodeError
 
-    name = encoding.lower().replace("identity", "").strip(" ,")
-    if not name:
-        return body
-    packed = HTTPResponse(io.BytesIO(body), {"content-encoding": name}, preload_content=False)
-    try:
-        return read_whole(packed, decode=True) if name in packed.CONTENT_DECODERS else b""
-    except DecodeError:
-        return b""
+    packed = HTTPResponse(io.BytesIO(body), {"content-encoding": encoding}, preload_content=False)
+    return read_whole(packed, decode=True)
 
 
-def read_whole(raw: Any, *, decode: bool, clock: Clock = time) -> bytes:
+def read_whole(raw: Any, *, decode: bool) -> bytes:
     """Read to the end within BODY_TIMEOUT and BODY_LIMIT, else raise Failed."""
-    ends = clock.monotonic() + BODY_TIMEOUT
+    ends = time.monotonic() + BODY_TIMEOUT
     body = bytearray()
     while chunk := raw.read1(2**16, decode_content=decode):
         body += chunk
         if len(body) > BODY_LIMIT:
             raise Failed(f"response larger than {BODY_LIMIT >> 20} MiB")
-        if clock.monotonic() > ends:
+        if time.monotonic() > ends:
             raise Failed(f"response took longer than {BODY_TIMEOUT:.0f} s")
     return bytes(body)
 
@@ -963,17 +858,16 @@ def causes(exc: BaseException | None) -> Iterator[BaseException]:
 def network_trouble(exc: BaseException) -> str:
     """Say what went wrong, by the first system error behind an exception."""
     for cause in causes(exc):
-        if isinstance(cause, OSError) and cause.strerror:
-            return str(cause.strerror)
-        if type(cause) is OSError and cause.args:  # http.client's, of a proxy that refuses
-            return str(cause.args[0])
+        # The one without a number is http.client's, of a proxy that refuses.
+        if isinstance(cause, OSError) and (cause.strerror or type(cause) is OSError):
+            return str(cause.strerror or cause)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(exc).__name__).lower()
 
 
 class Reddit:
     """One way into Reddit: which source answers, its token and its budget.
 
-    It never waits: `wait_for` tells how long to, before `page` is called.
+    It never waits: its budget tells how long to, before it is asked.
     """
 
     def __init__(self, access: Access, fetch: Fetch, clock: Clock = time) -> None:
@@ -988,18 +882,6 @@ class Reddit:
         self._renewed = False
         self._answered = ""  # the name that was answered last
 
-    def wait_for(self, pages: int) -> float:
-        """Return the seconds until so many pages may be asked for at once."""
-        return self.budget.wait(pages, self.clock.monotonic())
-
-    def at_once(self) -> int:
-        """Return how many pages may be asked for without waiting."""
-        return self.budget.free(self.clock.monotonic())
-
-    def half(self) -> int:
-        """Return how many requests must be left, so that half is when one more goes out."""
-        return -(-self.budget.known.most(self.clock.monotonic()) // 2) + 1
-
     def carries(self) -> float:
         """Return the requests a second that the budget carries."""
         return self.budget.known.rate(self.clock.monotonic())
@@ -1011,11 +893,9 @@ class Reddit:
         and Failed for all that may pass.
         """
         page = self._get(name, {"limit": str(PAGE)} | ({"after": after} if after else {}))
-        if page.things and not page.posts:
-            if not after:
-                raise Failed("a listing without posts")
-            return page._replace(after=None, things=0)
-        return page
+        if page.things and not page.posts and not after:
+            raise Failed("a listing without posts")
+        return page if page.posts else page._replace(after=None, things=0)
 
     def info(self, ids: Sequence[str]) -> dict[str, Post]:
         """Ask about posts, PAGE at most, and return those that Reddit knows, by id.
@@ -1043,25 +923,18 @@ class Reddit:
             self._take_feed(exc)
             raise
         except BadToken as exc:
-            again, self._token_ends, self._renewed = not self._renewed, 0.0, True
-            if again:
-                raise AskAgain(exc.args[0]) from exc
-            raise
+            final, self._token_ends, self._renewed = self._renewed, 0.0, True
+            raise (exc if final else AskAgain(exc.args[0])) from None
         except NoFeed as exc:
             other, self._answered = self._answered not in ("", name), ""
-            if other:
-                raise Gone("cannot be read: private or quarantined, it seems (403)") from exc
-            raise
-        except Login as exc:
-            if self.access.feed_token:
-                raise Refused("Reddit answers the feed token with a login page") from exc
-            raise
+            gone = Gone("cannot be read: private or quarantined, it seems (403)")
+            raise (gone if other else exc) from None
         self._renewed, self._answered = False, name
         return page
 
     def _take_feed(self, exc: NoJson) -> None:
         log.info("%s, which has no account ids", exc)
-        self.source = FEED
+        self.source = OWN_FEED if self.access.feed_token else FEED
         assumed = Assumed(60 if self.access.feed_token else 10).spend(self.clock.monotonic())
         self.budget = self.budget._replace(known=assumed)
 
@@ -1070,7 +943,7 @@ class Reddit:
         if source != GRANT:  # tokens have a window of their own
             self.budget = self.budget.spend(self.clock.monotonic())
         answer = self.fetch(request)
-        utc = server_time(answer, self.clock.time())
+        utc = http_date(answer.headers.get("date")) or self.clock.time()
         if source != GRANT or answer.status != 200:
             self.budget = self.budget.learn(answer, self.clock.monotonic(), utc)
         return judged(answer, source, read_value(answer.body, source, utc))
@@ -1078,9 +951,9 @@ class Reddit:
     def _request(self, name: str, params: dict[str, str]) -> Request:
         """Return the request for a name's listing; without a name, for posts by their ids."""
         base = self.access.url or (OAUTH_URL if self.source == OAUTH else WWW_URL)
-        end = {OAUTH: "new", JSON: "new/.json", FEED: "new/.rss"}[self.source]
+        end = {OAUTH: "new", JSON: "new/.json"}.get(self.source, "new/.rss")
         headers = {"User-Agent": self.access.user_agent}
-        if self.source != FEED:
+        if self.source in (OAUTH, JSON):
             params["raw_json"] = "1"  # or <, > and & come as entities
         elif self.access.feed_token:
             params |= {"feed": self.access.feed_token, "user": self.access.username}
@@ -1095,17 +968,16 @@ class Reddit:
         https://github.com/reddit-archive/reddit/wiki/OAuth2#application-only-oauth
         """
         access = self.access
-        grant = {"grant_type": "client_credentials"}
+        grant, device = "client_credentials", dict[str, str]()
         if not access.client_secret:
-            grant = {
-                "grant_type": f"{OAUTH_URL}/grants/installed_client",
-                "device_id": "DO_NOT_TRACK_THIS_DEVICE",
-            }
+            grant = f"{OAUTH_URL}/grants/installed_client"
+            device = {"device_id": "DO_NOT_TRACK_THIS_DEVICE"}
         url = f"{access.url or WWW_URL}/api/v1/access_token"
         secret = base64.b64encode(f"{access.client_id}:{access.client_secret}".encode()).decode()
         headers = {"User-Agent": access.user_agent, "Authorization": f"Basic {secret}"}
-        told = self._ask(Request("POST", url, {}, headers, grant), GRANT)
-        lifetime = number(str(told.get("expires_in"))) or 3600.0
+        data = {"grant_type": grant, **device}
+        told = self._ask(Request("POST", url, {}, headers, data), GRANT)
+        lifetime = integer(told.get("expires_in")) or 3600
         self._token = told["access_token"]
         self._token_ends = self.clock.monotonic() + max(lifetime - 60, lifetime * 0.9)
 
@@ -1292,7 +1164,8 @@ class Asker:
         """
         failures = 0
         while True:
-            self.await_budget(self.reddit.half() if self.modest else 1)
+            half = -(-self.reddit.budget.known.most(self.clock.monotonic()) // 2)
+            self.await_budget(half + 1 if self.modest else 1)  # half is left when it went out
             self.reddit.doing = Doing(what)
             try:
                 answer = ask()
@@ -1312,7 +1185,7 @@ class Asker:
 
     def await_budget(self, requests: int) -> None:
         """Wait until so many requests may follow at once."""
-        while (seconds := self.reddit.wait_for(requests)) > 0:
+        while (seconds := self.reddit.budget.wait(requests, self.clock.monotonic())) > 0:
             if self.once and self.waited + seconds > self.budget_patience:
                 self.exhausted = f"Reddit allows no request for {seconds:.0f} s more"
                 if self.reddit.budget.refusals and not self.answered:
@@ -1476,7 +1349,7 @@ class Follower:
 
     def _is_free(self) -> bool:
         """Return whether the budget has more than a page for each of the other listings."""
-        return self.asker.reddit.at_once() >= len(self.listings)
+        return self.asker.reddit.budget.free(self.asker.clock.monotonic()) >= len(self.listings)
 
     def _well(self, listing: Listing) -> None:
         """Note that a listing could be read; a single run is done with it."""

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import json
 import logging
+import re
 import secrets
 import socket
 import threading
@@ -63,7 +64,6 @@ from pipeline import (
     kind_of,
     load,
     read_value,
-    rule_for,
     stream,
     transform,
 )
@@ -444,6 +444,7 @@ CASES = {
             "404 HTML": reply(404, "<html>", HTML),
             "404 with nothing": reply(404),
             "410 HTML": reply(410, "<html>", HTML),
+            "200 in br": encoded(page_of(), "br", b"\x8b\x05\x80rubbish"),
             "the block page in br": encoded(block_page(), "br"),
             "the block page in zstd": encoded(block_page(), "zstd"),
             "the block page in rubbish": encoded(block_page(), "gzip"),
@@ -456,15 +457,19 @@ CASES = {
         for name, (answer, came) in {
             "200 with nothing": (reply(200), "200 (empty)"),
             "200 with nothing in gzip": (encoded(reply(200), "gzip"), "200 (empty)"),
-            "200 that cannot be decoded": (encoded(page_of(), "br"), "200 (empty)"),
             "200 with an object": (json_reply(200, {"error": 403}), "200 (Forbidden)"),
             "half a listing": (reply(200, page_of()[2][:30]), "200 (application/json)"),
             "408 HTML": (reply(408, "<html>", HTML), "408 (text/html)"),
             "500 HTML": (reply(500, "<html>", HTML), "500 (text/html)"),
-            "503 in br": (encoded(reply(503, "?", HTML), "br"), "503 (empty)"),
+            "503 in br": (encoded(reply(503, "?", HTML), "br"), "503 (text/html)"),
             "410 JSON": (error_reply(410, "Gone"), "410 (Gone)"),
         }.items()
     },
+    "anonymous: 200 that cannot be decoded": (
+        "json",
+        encoded(page_of(), "gzip"),
+        retried("decode error", "json"),
+    ),
     # bodies in other forms
     **{
         f"a listing {name}": ("oauth", answer, Outcome())
@@ -476,7 +481,6 @@ CASES = {
             "in identity": encoded(WHOLE, "identity"),
             "in no encoding": encoded(WHOLE, ""),
             "in capitals": encoded(WHOLE, "GZIP", gzip.compress(WHOLE[2])),
-            "in two encodings": encoded(WHOLE, "identity, gzip", gzip.compress(WHOLE[2])),
             "in deflate": encoded(WHOLE, "deflate", zlib.compress(WHOLE[2])),
             "behind a byte-order mark": reply(200, b"\xef\xbb\xbf" + WHOLE[2]),
             "of another type": reply(200, WHOLE[2], {"content-type": "text/plain"}),
@@ -656,7 +660,7 @@ def outcome(world, source):
     posts, end, said = [], 0, []
     began = world.clock.time()
     while not (posts or end):
-        world.clock.sleep(reddit.wait_for(1))
+        world.clock.sleep(reddit.budget.wait(1, world.clock.monotonic()))
         try:
             posts = reddit.page("python").posts
         except AskAgain:
@@ -898,26 +902,24 @@ def kind(source, answer):
     """Give what RULES are asked with."""
     answer, source = Answer(*answer), SOURCES.get(source, source)
     value = read_value(answer.body, source, NOW)
-    return answer.status, kind_of(answer, source, value), source
+    return f"{answer.status} {kind_of(answer, source, value)} {source}"
 
 
 KINDS = {name: kind(source, answer) for name, (source, answer, _) in CASES.items()}
+KINDS["a login page instead of a feed that has a token"] = kind("own feed", login_page())
 
 
 def first_fit(rules, answer):
-    """Give what the first row that fits says; None matches everything."""
-    for rule in rules:
-        if all(want in (None, got) for want, got in zip(rule, answer, strict=False)):
-            return rule[3:]
-    return None
+    """Give what the first row that fits says."""
+    return next((rule[1:] for rule in rules if re.fullmatch(rule.answers, answer)), None)
 
 
-@pytest.mark.parametrize(
-    "row", range(len(RULES)), ids=lambda row: "-".join(map(str, RULES[row][:3]))
-)
+@pytest.mark.parametrize("row", range(len(RULES)), ids=lambda row: RULES[row].answers)
 def test_without_any_row_of_the_table_some_answer_has_another_consequence(row):
     shorter = RULES[:row] + RULES[row + 1 :]
-    assert [name for name in KINDS if first_fit(shorter, KINDS[name]) != rule_for(*KINDS[name])[3:]]
+    assert [
+        name for name in KINDS if first_fit(shorter, KINDS[name]) != first_fit(RULES, KINDS[name])
+    ]
 
 
 # Final answers
@@ -995,7 +997,7 @@ def test_once_gives_up_after_two_minutes_of_silence(offline, clock):
     offline.faults = lambda method, path, query: HANG
     with pytest.raises(Failed, match="hang"):
         follow_once(offline, clock)
-    assert 105 < offline.log[-1].time - NOW <= 120
+    assert 105 < round(offline.log[-1].time - NOW, 3) <= 120
     assert clock.now == offline.log[-1].time + 10
 
 
@@ -1045,11 +1047,8 @@ def feed_rows(world, tmp_path, **access):
     with Database(str(tmp_path / "posts.db"), clock=world.clock) as database:
         for batch in stream(reddit, ["python"], database, once=True):
             load(database, map(transform, batch.posts), batch.cursors, batch.gaps)
-        return list(
-            database.execute(
-                f"SELECT {', '.join(COLUMNS)}, stored_utc FROM posts ORDER BY created_utc"
-            )
-        )
+        columns = ", ".join((*COLUMNS, "stored_utc"))
+        return database.execute(f"SELECT {columns} FROM posts ORDER BY created_utc")
 
 
 def test_the_feed_gives_every_column_but_the_account_id(world, tmp_path):

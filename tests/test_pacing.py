@@ -267,7 +267,7 @@ def told(**headers):
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
     assert retry_after("4", NOW) == 4.0
-    assert retry_after("4.5", NOW) == 4.5
+    assert retry_after("4.5", NOW) == 4.0  # there are whole seconds only (RFC 9110)
     assert retry_after(formatdate(NOW + 90, usegmt=True), NOW) == 90.0
     assert retry_after("Monday, 21-Sep-26 14:50:15 GMT", NOW) == 2215.0  # the form of RFC 850
     assert retry_after(None, NOW) is None

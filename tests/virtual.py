@@ -7,9 +7,13 @@ source = pipeline.Reddit(access, fetch_from(reddit, clock), clock)
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+import urllib3
 
 import pipeline
 from fake_reddit import FakeReddit, Fault
@@ -120,8 +124,12 @@ def fetch_from(
             clock.advance(min(answer.seconds, LIMITS.get(answer.kind, 0.0)))
             raise pipeline.Failed(f"invented fault: {answer.kind}")
         status, headers, body = answer
-        encoding = headers.get("content-encoding", "")
-        return pipeline.Answer(status, headers, pipeline.decoded(body, encoding))
+        raw = urllib3.HTTPResponse(io.BytesIO(body), preload_content=False)
+        response = SimpleNamespace(status_code=status, headers=headers, raw=raw)
+        try:
+            return pipeline.Answer(status, headers, pipeline.read_body(response))
+        except urllib3.exceptions.HTTPError as exc:
+            raise pipeline.Failed("decode error") from exc
 
     return fetch
 
