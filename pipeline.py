@@ -973,8 +973,9 @@ class Reddit:
             grant = f"{OAUTH_URL}/grants/installed_client"
             device = {"device_id": "DO_NOT_TRACK_THIS_DEVICE"}
         url = f"{access.url or WWW_URL}/api/v1/access_token"
-        secret = base64.b64encode(f"{access.client_id}:{access.client_secret}".encode()).decode()
-        headers = {"User-Agent": access.user_agent, "Authorization": f"Basic {secret}"}
+        secret = os.fsencode(f"{access.client_id}:{access.client_secret}")  # whatever was set
+        basic = f"Basic {base64.b64encode(secret).decode()}"
+        headers = {"User-Agent": access.user_agent, "Authorization": basic}
         data = {"grant_type": grant, **device}
         told = self._ask(Request("POST", url, {}, headers, data), GRANT)
         lifetime = integer(told.get("expires_in")) or 3600

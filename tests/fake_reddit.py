@@ -886,7 +886,7 @@ def _basic(header: str) -> tuple[str, str]:
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "basic":
         return "", ""
-    name, _, password = base64.b64decode(value).decode().partition(":")
+    name, _, password = base64.b64decode(value).decode(errors="replace").partition(":")
     return name, password
 
 

@@ -1163,10 +1163,9 @@ def test_the_built_file_ends_with_one_line_and_the_exit_status(
     assert redpipe("--once", tmp_path / "posts.db", "python") == expected
 
 
-def test_the_built_file_ends_with_77_when_the_credentials_are_refused(redpipe, tmp_path):
-    done = redpipe(
-        tmp_path / "posts.db", REDDIT_CLIENT_ID="app-id", REDDIT_CLIENT_SECRET="a-wrong-one"
-    )
+@pytest.mark.parametrize("wrong", ["a-wrong-one", "no-utf-8-\udcff"])
+def test_the_built_file_ends_with_77_when_the_credentials_are_refused(wrong, redpipe, tmp_path):
+    done = redpipe(tmp_path / "posts.db", REDDIT_CLIENT_ID="app-id", REDDIT_CLIENT_SECRET=wrong)
     sentence = f"redpipe: Reddit refuses the credentials (401){CREDENTIALS}\n"
     assert done == (77, "", sentence)
 
