@@ -39,8 +39,7 @@ from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
-Post = dict[str, Any]
-"""One post with Reddit's own keys; `id` is always there and usable."""
+Post = dict[str, Any]  # with Reddit's own keys; `id` is always there and usable
 
 WWW_URL = "https://www.reddit.com"
 OAUTH_URL = "https://oauth.reddit.com"
@@ -1506,12 +1505,8 @@ def change_of(post: Post | None, fields: Sequence[Field]) -> dict[str, Any] | No
 FILE_BATCH = 500  # posts a transaction
 LINES_TOLD = 10
 
-_MAGIC = {  # Pushshift's .zst have a window of 2 GiB
-    b"\x28\xb5\x2f\xfd": "zstdcat --long=31",
-    b"\x1f\x8b": "zcat",
-    b"\xfd7zXZ": "xzcat",
-    b"BZh": "bzcat",
-}
+# What a compressed file begins with; Pushshift's .zst have a window of 2 GiB.
+MAGIC = {b"(\xb5/": "zstdcat --long=31", b"\x1f\x8b\b": "zcat", b"\xfd7z": "xzcat", b"BZh": "bzcat"}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -1521,10 +1516,7 @@ class CountingFile(io.FileIO):
     `size` is that of a regular file, as it was opened, and otherwise 0.
     """
 
-    def __init__(self, file: str | int, *, closefd: bool) -> None:
-        super().__init__(file, closefd=closefd)
-        self.size = os.fstat(self.fileno()).st_size
-        self.taken = 0
+    size = taken = 0
 
     def readinto(self, buffer: Any) -> int:
         while (count := super().readinto(buffer)) is None:
@@ -1537,6 +1529,7 @@ def open_file(path: str) -> io.BufferedReader:
     """Open FILE for reading; `-` is standard input. Raises FileUnreadable."""
     try:
         raw = CountingFile(0 if path == "-" else path, closefd=path != "-")
+        raw.size = os.fstat(raw.fileno()).st_size
     except OSError as exc:
         raise FileUnreadable(f"{path}: {exc.strerror}") from exc
     return io.BufferedReader(raw, 2**18)
@@ -1553,17 +1546,13 @@ def read_file(file: BinaryIO, names: Sequence[str] = ()) -> Iterator[Batch]:
     wanted = frozenset(name.encode() for name in names if "all" not in names)
     tally = Tally()
     posts = file_posts(file, wanted, tally)
-    selected = False
+    first = None
     for first in posts:
-        selected = True
         # Read only as they are stored: 500 parsed posts held at once cost 35 % of an
         # import's time, in the collector and in the processor's caches.
         yield Batch(itertools.chain([first], itertools.islice(posts, FILE_BATCH - 1)))
-    if wanted and not selected:
-        log.warning(
-            "nothing selected: of %s posts read, none is in a subreddit named; check the names",
-            f"{tally.others:,}",
-        )
+    if wanted and first is None:
+        log.warning("nothing selected of %s posts read; check the names", f"{tally.others:,}")
     if tally.bad:
         raise BadLines(f"skipped {tally.bad} line(s) that are not posts; stored the rest")
 
@@ -1575,9 +1564,7 @@ class Tally:
     subreddits; a line that is passed over counts as one.
     """
 
-    def __init__(self) -> None:
-        self.bad = 0
-        self.others = 0
+    bad = others = 0
 
     def add_bad(self, line_number: int, reason: str) -> None:
         """Count a line, and report it if it is one of the first."""
@@ -1657,10 +1644,8 @@ def json_of_line(line: bytes) -> Any:
         raise ValueError(f"longer than {BODY_LIMIT >> 20} MiB")
     try:
         return parse_json(line)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"not JSON ({exc.msg})") from None
+    except ValueError as exc:
+        raise ValueError(f"not JSON ({getattr(exc, 'msg', exc)})") from exc
 
 
 def hint(line: bytes) -> str:
@@ -1668,9 +1653,8 @@ def hint(line: bytes) -> str:
 
     Raises FileUnreadable when the file is compressed.
     """
-    for magic, command in _MAGIC.items():
-        if line.startswith(magic):
-            raise FileUnreadable(f"FILE is compressed: {command} FILE | ... --from=-")
+    if command := MAGIC.get(line[:3]):
+        raise FileUnreadable(f"FILE is compressed: {command} FILE | ... --from=-")
     command = {b"{": "jq -c .", b"[": "jq -c '.[]'"}.get(line.lstrip()[:1], "")
     return f"; if it is one value on many lines: {command} FILE | ... --from=-" if command else ""
 
@@ -1693,15 +1677,15 @@ def thing_posts(value: Any) -> list[Any]:
     return [value] if is_post(value) else t3_data([value]) or [None]
 
 
+_NOT_POSTS = ("body", "parent_id", "link_id")  # what comments and messages have
+
+
 def is_post(value: Any) -> bool:
     """Return whether a bare object says that it is a post.
 
-    A body, a parent or a link is what comments and messages have. An export that gives
-    all kinds the same columns has them in posts too, as null.
+    An export that gives all kinds the same columns has those of others in posts, as null.
     """
-    if not isinstance(value, dict):
-        return False
-    if any(value.get(key) is not None for key in ("body", "parent_id", "link_id")):
+    if not isinstance(value, dict) or any(value.get(key) is not None for key in _NOT_POSTS):
         return False
     name = value.get("name")
     if isinstance(name, str) and name:
@@ -1716,8 +1700,7 @@ def unescaped(post: Post) -> Post:
     """
     title = post.get("title")
     if isinstance(title, str) and "&" in title:
-        title = title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-        post["title"] = title
+        post["title"] = title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     return post
 
 

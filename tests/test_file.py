@@ -263,9 +263,7 @@ def test_names_select_without_regard_to_case(redpipe, file, database, names, sel
     assert ids(database) == selected
 
 
-NOTHING_SELECTED = (
-    "redpipe: nothing selected: of {} posts read, none is in a subreddit named; check the names\n"
-)
+NOTHING_SELECTED = "redpipe: nothing selected of {} posts read; check the names\n"
 
 
 @pytest.mark.parametrize("name", ["none", "nobody"])
@@ -361,12 +359,12 @@ BAD_LINES = {
     "null": (b"null", NOT_A_POST),
     "true": (b"true", NOT_A_POST),
     "NaN": (b"NaN", NOT_A_POST),
-    "not UTF-8": (b'{"id": "x1", "title": "caf\xe9"}', "not UTF-8"),
-    "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "not UTF-8"),
-    "nested too deeply": (b'{"id": "x1", "x": ' + DEEP + b"}", "nested too deeply"),
+    "not UTF-8": (b'{"id": "x1", "title": "caf\xe9"}', "not JSON ('utf-8' codec"),
+    "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "not JSON ('utf-8' codec"),
+    "nested too deeply": (b'{"id": "x1", "x": ' + DEEP + b"}", "not JSON (nested too deeply)"),
     "an integer without end": (
         b'{"name": "t3_x1", "x": ' + LONG_INTEGER + b"}",
-        "Exceeds the limit",
+        "not JSON (Exceeds the limit",
     ),
     "too long": (b'{"id": "x1", "x": "' + b"x" * (16 * MEBIBYTE) + b'"}', "longer than 16 MiB"),
     "too long with a byte-order mark": (
