@@ -1712,25 +1712,17 @@ COLUMNS = ("id", "created_utc", "subreddit", "title", "author", "author_name", "
 BUILT_IN = (*COLUMNS, "stored_utc", "checked_utc", "erased_utc")
 
 
-def parse_field(spec: str) -> Field:
-    """Read KEY or KEY:COLUMN. Raises BadUsage for what can be no column."""
-    key, _, column = spec.partition(":")
-    column = column or key.replace(".", "_")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column, re.ASCII) or not all(key.split(".")):
-        raise BadUsage(f"--field={spec}: no usable column name; give one as KEY:COLUMN")
-    if column.lower() in BUILT_IN:
-        raise BadUsage(f"--field={spec}: the column {column} is built in; choose another")
-    return Field(tuple(key.split(".")), column)
-
-
 def parse_fields(specs: Iterable[str]) -> list[Field]:
-    """Read all --field options; a column asked for twice is BadUsage."""
+    """Read each KEY or KEY:COLUMN. Raises BadUsage for what can be no column, or is one."""
     fields: dict[str, Field] = {}
     for spec in specs:
-        field = parse_field(spec)
-        if field.column.lower() in fields:
-            raise BadUsage(f"--field={spec}: the column {field.column} is asked for twice")
-        fields[field.column.lower()] = field
+        key, _, column = spec.partition(":")
+        column, path = column or key.replace(".", "_"), tuple(key.split("."))
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column) or not all(path):
+            raise BadUsage(f"--field={spec}: no usable column name; give one as KEY:COLUMN")
+        if column.lower() in (*BUILT_IN, *fields):
+            raise BadUsage(f"--field={spec}: the column {column} is taken; choose another")
+        fields[column.lower()] = Field(path, column)
     return list(fields.values())
 
 
@@ -1741,31 +1733,27 @@ def text(value: Any) -> str | None:
     """Return a string that SQLite can hold; NULs and lone surrogates become U+FFFD."""
     if not isinstance(value, str):
         return None
-    if value.isascii() and "\0" not in value:
-        return value
-    return _UNSTORABLE.sub("\ufffd", value)
+    return value if value.isascii() and "\0" not in value else _UNSTORABLE.sub("\ufffd", value)
 
 
 def scalar(value: Any) -> Any:
     """Return any JSON value as SQLite can hold it; objects and lists as JSON text."""
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
         return text(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
-    try:  # twice, because 1e999 became infinite, which is not JSON: that is null, too
-        return text(json.dumps(_decode(json.dumps(value)), ensure_ascii=False))
+    try:
+        value = _decode(json.dumps(value))  # 1e999 is infinite, which is not JSON: it is None
     except (RecursionError, ValueError):
         return None
+    plain = value is None or isinstance(value, float)
+    return value if plain else text(json.dumps(value, ensure_ascii=False))
 
 
 def value_at(post: Post, path: Sequence[str]) -> Any:
     value: Any = post
     for key in path:
-        if not isinstance(value, dict):
-            return None
-        value = value.get(key)
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
@@ -1774,20 +1762,17 @@ def transform(post: Post, fields: Sequence[Field] = ()) -> Row:
 
     Whatever is missing, null or of the wrong type is None; only `id` must be right.
     """
-    author_name = text(post.get("author"))
-    permalink = text(post.get("permalink"))
-    row = {
+    name, permalink = text(post.get("author")), text(post.get("permalink"))
+    return {
         "id": post["id"],
         "created_utc": created(post),
         "subreddit": text(post.get("subreddit")),
         "title": text(post.get("title")),
         "author": text(post.get("author_fullname")),
-        "author_name": None if author_name == "[deleted]" else author_name,
-        "permalink": permalink.partition("?")[0] if permalink else permalink,
+        "author_name": None if name == "[deleted]" else name,
+        "permalink": permalink and permalink.partition("?")[0],
+        **{field.column: scalar(value_at(post, field.path)) for field in fields},
     }
-    for field in fields:
-        row[field.column] = scalar(value_at(post, field.path))
-    return row
 
 
 # --- Load ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from fake_reddit import make_post
-from pipeline import BadUsage, Field, parse_field, parse_fields, transform
+from pipeline import BadUsage, Field, parse_fields, transform
 
 BUILT_IN = [
     "id",
@@ -73,7 +73,7 @@ def import_posts(redpipe, database):
     ],
 )
 def test_a_field_is_a_path_and_a_column(spec, field):
-    assert parse_field(spec) == field
+    assert parse_fields([spec]) == [field]
 
 
 BAD_SPECS = [
@@ -116,7 +116,7 @@ BAD_SPECS = [
 @pytest.mark.parametrize("spec", BAD_SPECS)
 def test_a_bad_field_is_a_usage_error(spec):
     with pytest.raises(BadUsage):
-        parse_field(spec)
+        parse_fields([spec])
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_integers_beyond_64_bits_are_stored_as_text(redpipe, database):
     ],
 )
 def test_dots_reach_into_objects_only(post, stored):
-    field = parse_field("media.oembed.type")
-    assert transform({"id": "a1", "name": "t3_a1", **post}, [field])["media_oembed_type"] == stored
+    fields = parse_fields(["media.oembed.type"])
+    assert transform({"id": "a1", "name": "t3_a1", **post}, fields)["media_oembed_type"] == stored
 
 
 # --- new and existing databases
