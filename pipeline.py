@@ -1861,11 +1861,7 @@ def check_header(path: str) -> bool:
     return bool(header)
 
 
-def is_locked(exc: sqlite3.Error) -> bool:
-    return isinstance(exc, sqlite3.OperationalError) and "locked" in str(exc)
-
-
-class Database:
+class Database(AbstractContextManager["Database"]):
     """An open database of ours; `columns` are those that `load` fills.
 
     Every sqlite3 error is raised as StorageFailed that names the file. `shield` is
@@ -1896,23 +1892,18 @@ class Database:
             self._connection.close()
             raise
 
-    def __enter__(self) -> Database:
-        return self
-
     def __exit__(self, kind: object = None, *error: object) -> None:
-        with self.shield():
+        with self.shield(), closing(self._connection):
             if kind is Gone and self._made_here:
                 self._withdraw()
-            self._connection.close()
 
     def _withdraw(self) -> None:
         """Remove the file if it holds nothing, and nobody else has it open."""
         with suppress(sqlite3.Error, OSError, StorageFailed):
             self.check()
-            self._connection.execute("PRAGMA journal_mode = DELETE")  # fails beside others
-            self._connection.execute("BEGIN EXCLUSIVE")
-            tables = ("posts", "cursors", "gaps")
-            if not any(self.execute(f"SELECT 1 FROM {table} LIMIT 1") for table in tables):
+            # The first of them fails beside others.
+            self._connection.executescript("PRAGMA journal_mode = DELETE; BEGIN EXCLUSIVE")
+            if not self.execute("SELECT 1 FROM posts UNION ALL SELECT 1 FROM cursors LIMIT 1"):
                 os.unlink(self.path)
 
     def _prepare(self, wanted: Sequence[str]) -> Sequence[str]:
@@ -1948,39 +1939,31 @@ class Database:
         raise StorageFailed(f"{self.path}: deleted or replaced while in use; start again")
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement and return its rows; wait for locks up to LOCK_PATIENCE."""
+        """Run one statement and return its rows."""
+        return self._patiently(lambda: self._connection.execute(sql, values).fetchall())
+
+    def execute_many(self, sql: str, rows: Sequence[Any]) -> int:
+        """Run a statement for each row, inside a transaction; return how many changed."""
+        return self._patiently(lambda: self._connection.executemany(sql, rows).rowcount)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Wait for locks up to LOCK_PATIENCE."""
         ends = self.clock.monotonic() + LOCK_PATIENCE
         while True:
             try:
-                return self._connection.execute(sql, values).fetchall()
+                return work()
             except sqlite3.Error as exc:
-                if not is_locked(exc) or self.clock.monotonic() >= ends:
-                    raise self._failure(exc) from exc
+                if "is locked" not in str(exc) or self.clock.monotonic() >= ends:
+                    raise StorageFailed(f"{self.path}: {exc}") from exc
             self.clock.sleep(0.05)
-
-    def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
-        """Run a statement for each row, inside a transaction; return how many changed."""
-        try:
-            return max(0, self._connection.executemany(sql, rows).rowcount)
-        except sqlite3.Error as exc:
-            raise self._failure(exc) from exc
-
-    def _failure(self, exc: sqlite3.Error) -> StorageFailed:
-        advice = "locked by another program" if is_locked(exc) else str(exc)
-        return StorageFailed(f"{self.path}: {advice}")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Hold the write lock; commit at the end, roll back after an exception."""
         self.execute("BEGIN IMMEDIATE")
-        try:
-            with self.shield():
-                yield
-                self.execute("COMMIT")
-        finally:
-            if self._connection.in_transaction:
-                with suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
+        with self.shield(), self._connection:
+            yield
+            self.execute("COMMIT")
 
     def cursor(self, name: str) -> Cursor | None:
         """Return a subreddit's cursor, or None when it has none."""
@@ -2074,7 +2057,7 @@ def load(
     pick = itemgetter(*database.columns)
     values = [(*pick(row), now) for row in rows]
     with database.transaction():
-        stored = database.execute_many(insert_statement(database.columns), values)
+        stored = max(0, database.execute_many(insert_statement(database.columns), values))
         database.execute_many(NAME_GAP, gaps)  # before the cursor moves: it looks at it
         database.execute_many(MOVE_CURSOR, cursors)
     log.debug("%d posts stored, %d gaps named", stored, len(gaps))
