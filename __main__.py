@@ -566,7 +566,7 @@ class Run:
         sums = f"{counted(count, 'post')}, {survey.erased:,} erased, {counted(gaps, 'gap')}"
         if survey.checked_utc:
             sums += f", last recheck {duration(now - survey.checked_utc)} ago"
-        total = f"{sums}, {survey.size / 1e6:,.1f} MB in all"
+        total = f"{sums}, {os.path.getsize(self.path) / 1e6:,.1f} MB in all"
         say("\n".join([*status_table(survey, cursors, now), total, ""]), self.signals)
         stale = [cursor.subreddit for cursor in cursors if cursor.polled_utc < now - 3600]
         if stale:

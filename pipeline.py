@@ -2064,26 +2064,42 @@ def load(
     return stored
 
 
-class Survey(NamedTuple):
-    """What a database holds; `posts`: how many of a subreddit were created on a day.
-
-    Names are lower case, `all` counts every post; a day is `created_utc // 86400`, and all
-    before the first that was asked for count as one. `erased`: how many of the posts are.
-    `checked_utc`: when one was last asked about, or 0. `size`: the file's, in bytes.
-    """
-
-    cursors: list[Cursor]
-    gaps: list[tuple[str, int, int]]
-    posts: dict[str, Counter[int]]
-    erased: int
-    checked_utc: int
-    size: int
-
-
 def check_exists(path: str) -> None:
     """Raise NotOurs if PATH is no database of ours, or is still to be made."""
     if not check_header(os.path.abspath(path)):
         raise NotOurs(f"{path}: there is no database")
+
+
+COUNT_PART = """
+SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?), count(*), {}
+FROM posts WHERE rowid BETWEEN ? AND ? GROUP BY 1, 2
+"""
+
+
+class Survey:
+    """What a database holds; `posts`: how many of a subreddit were created on a day.
+
+    Names are lower case, `all` counts every post; a day is `created_utc // 86400`, and all
+    before the first that was asked for count as one. `erased`: how many of the posts are.
+    `checked_utc`: when one was last asked about, or 0.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, first_day: int) -> None:
+        self.cursors = [Cursor(*row) for row in connection.execute("SELECT * FROM cursors")]
+        self.gaps = list(connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps"))
+        self.posts: dict[str, Counter[int]] = defaultdict(Counter)
+        self.erased = self.checked_utc = 0
+        ((version,),) = connection.execute("PRAGMA user_version")
+        sql = COUNT_PART.format("count(erased_utc), max(checked_utc)" if version > 1 else "0, 0")
+        ((last,),) = connection.execute("SELECT ifnull(max(rowid), 0) FROM posts")
+        # A part at a time: to group all at once takes longer and hears no signals.
+        for start in range(0, last + 1, PART):
+            part = connection.execute(sql, (first_day - 1, start, start + PART - 1))
+            for name, day, count, erased, checked_utc in part:
+                self.posts[name][day] += count
+                self.posts["all"][day] += count
+                self.erased += erased
+                self.checked_utc = max(self.checked_utc, checked_utc or 0)
 
 
 def survey(path: str, first_day: int) -> Survey:
@@ -2095,36 +2111,6 @@ def survey(path: str, first_day: int) -> Survey:
     uri = f"file:{quote(os.fsencode(path))}?" + ("immutable=1" if sealed else "mode=rw")
     try:
         with closing(sqlite3.connect(uri, timeout=1.0, uri=True)) as connection:
-            cursors = [Cursor(*row) for row in connection.execute("SELECT * FROM cursors")]
-            gaps = list(connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps"))
-            return Survey(cursors, gaps, *count_posts(connection, first_day), os.path.getsize(path))
-    except (sqlite3.Error, OSError) as exc:
+            return Survey(connection, first_day)
+    except sqlite3.Error as exc:
         raise NotOurs(f"{path}: {exc}") from exc
-
-
-COUNT_PART = """
-SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?), count(*), {}
-FROM posts WHERE rowid BETWEEN ? AND ? GROUP BY 1, 2
-"""
-
-
-def count_posts(
-    connection: sqlite3.Connection, first_day: int
-) -> tuple[dict[str, Counter[int]], int, int]:
-    """Return how many posts of each subreddit, in lower case, were created on each day.
-
-    Then how many are erased, and when one was last asked about. A part at a time: to group
-    all at once takes longer and hears no signals.
-    """
-    ((version,),) = connection.execute("PRAGMA user_version")
-    sql = COUNT_PART.format("count(erased_utc), max(checked_utc)" if version > 1 else "0, 0")
-    ((last,),) = connection.execute("SELECT ifnull(max(rowid), 0) FROM posts")
-    posts: dict[str, Counter[int]] = defaultdict(Counter)
-    erased, latest = 0, 0
-    for start in range(0, last + 1, PART):
-        part = connection.execute(sql, (first_day - 1, start, start + PART - 1))
-        for name, day, count, gone, checked_utc in part:
-            posts[name][day] += count
-            posts["all"][day] += count
-            erased, latest = erased + gone, max(latest, checked_utc or 0)
-    return posts, erased, latest
