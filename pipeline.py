@@ -1779,24 +1779,16 @@ def transform(post: Post, fields: Sequence[Field] = ()) -> Row:
 
 APPLICATION_ID = 0x72647069  # "rdpi", so that `file` and we know our databases
 USER_VERSION = 2
-RESTORED = (
-    "has lost its application_id, as a restored .dump has; to bring it back:"
-    f" sqlite3 FILE 'PRAGMA application_id = {APPLICATION_ID}'"
-)
 
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS posts (
-    id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT,
-    author TEXT, author_name TEXT, permalink TEXT, stored_utc INTEGER,
-    checked_utc INTEGER, erased_utc INTEGER
-);
+    id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT, author TEXT,
+    author_name TEXT, permalink TEXT, stored_utc INTEGER, checked_utc INTEGER, erased_utc INTEGER);
 CREATE INDEX IF NOT EXISTS posts_created_utc ON posts (created_utc);
 CREATE TABLE IF NOT EXISTS cursors (
-    subreddit TEXT PRIMARY KEY NOT NULL, since_utc INTEGER, newest_utc INTEGER, polled_utc INTEGER
-);
+    subreddit TEXT PRIMARY KEY NOT NULL, since_utc INTEGER, newest_utc INTEGER, polled_utc INTEGER);
 CREATE TABLE IF NOT EXISTS gaps (
-    subreddit TEXT, after_utc INTEGER, before_utc INTEGER, noticed_utc INTEGER
-);
+    subreddit TEXT, after_utc INTEGER, before_utc INTEGER, noticed_utc INTEGER);
 DROP VIEW IF EXISTS recent_posts;
 CREATE VIEW recent_posts AS
     SELECT strftime('%Y-%m-%dT%H:%M:%SZ', created_utc, 'unixepoch') AS created, subreddit,
@@ -1805,33 +1797,31 @@ CREATE VIEW recent_posts AS
 CREATE VIEW IF NOT EXISTS posts_per_hour AS
     SELECT strftime('%Y-%m-%dT%H:00:00Z', created_utc, 'unixepoch') AS hour, count(*) AS posts
     FROM posts GROUP BY 1 ORDER BY 1 DESC;
-CREATE VIEW IF NOT EXISTS coverage AS
-    SELECT subreddit, strftime('%Y-%m-%dT%H:%M:%SZ', since_utc, 'unixepoch') AS since,
-        strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
-        strftime('%Y-%m-%dT%H:%M:%SZ', polled_utc, 'unixepoch') AS last_poll,
-        (SELECT count(*) FROM gaps WHERE gaps.subreddit = cursors.subreddit) AS gaps
-    FROM cursors;
+CREATE VIEW IF NOT EXISTS coverage AS SELECT subreddit,
+    strftime('%Y-%m-%dT%H:%M:%SZ', since_utc, 'unixepoch') AS since,
+    strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
+    strftime('%Y-%m-%dT%H:%M:%SZ', polled_utc, 'unixepoch') AS last_poll,
+    (SELECT count(*) FROM gaps WHERE gaps.subreddit = cursors.subreddit) AS gaps FROM cursors;
+PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {USER_VERSION}
 """
 
 # Of two first runs at once, the one that began later says where coverage begins.
 MOVE_CURSOR = """
-INSERT INTO cursors (subreddit, since_utc, newest_utc, polled_utc) VALUES (?, ?, ?, ?)
-ON CONFLICT (subreddit) DO UPDATE SET
+INSERT INTO cursors VALUES (?, ?, ?, ?) ON CONFLICT (subreddit) DO UPDATE SET
     since_utc = max(since_utc, excluded.since_utc),
     newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc
+"""
+
+NAME_GAP = """
+INSERT INTO gaps SELECT ?1, newest_utc - ?2 AS after, ?3, ?4 FROM cursors
+WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
+    SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)
 """
 
 # Of a post: Reddit has shown it without its author, whose account is deleted.
 NAMELESS = "posts.checked_utc IS NOT NULL AND posts.author_name IS NULL"
 LASTING = ("id", "created_utc", "subreddit", "stored_utc", "checked_utc", "erased_utc")
 PART = 10_000  # rows read at once: in between, signals are heard
-
-NAME_GAP = """
-INSERT INTO gaps (subreddit, after_utc, before_utc, noticed_utc)
-SELECT ?1, newest_utc - ?2 AS after, ?3, ?4 FROM cursors
-WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
-    SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)
-"""
 
 
 def check_header(path: str) -> bool:
@@ -1853,9 +1843,10 @@ def check_header(path: str) -> bool:
         raise NotOurs(f"{path}: not a SQLite database; give another path")
     owner, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
     if header and owner != APPLICATION_ID:
+        told = "belongs to another program; give another path"
         if not owner and b"CREATE TABLE cursors (" in header:
-            raise NotOurs(f"{path}: {RESTORED}")
-        raise NotOurs(f"{path}: belongs to another program; give another path")
+            told = f"a restored .dump? run sqlite3 FILE 'PRAGMA application_id = {APPLICATION_ID}'"
+        raise NotOurs(f"{path}: {told}")
     if version > USER_VERSION:
         raise NotOurs(f"{path}: was written by a newer redpipe; upgrade this one")
     return bool(header)
@@ -1914,10 +1905,8 @@ class Database(AbstractContextManager["Database"]):
         with self.transaction():
             ((version,),) = self.execute("PRAGMA user_version")
             if version < USER_VERSION:
-                for statement in SCHEMA.split(";\n"):
+                for statement in SCHEMA.split(";"):
                     self.execute(statement)
-                self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self.execute(f"PRAGMA user_version = {USER_VERSION}")
             present = {row[1].lower(): row for row in self.execute("PRAGMA table_xinfo(posts)")}
             for column in (*BUILT_IN, *wanted):
                 if column.lower() not in present:
