@@ -1907,18 +1907,17 @@ class Database(AbstractContextManager["Database"]):
             if version < USER_VERSION:
                 for statement in SCHEMA.split(";"):
                     self.execute(statement)
-            present = {row[1].lower(): row for row in self.execute("PRAGMA table_xinfo(posts)")}
+            table = self.execute("PRAGMA table_xinfo(posts)")
+            present = {name.lower(): generated for _, name, *_, generated in table}
             for column in (*BUILT_IN, *wanted):
                 if column.lower() not in present:
                     kind = "INTEGER" if column in BUILT_IN else ""
                     self.execute(f'ALTER TABLE posts ADD COLUMN "{column}" {kind}')
         # After the schema: so the file's own header tells whose it is, at any instant.
-        self.execute("PRAGMA journal_mode = WAL")
-        self.execute("PRAGMA synchronous = NORMAL")
-        if version == 1:  # an older redpipe reads the file's header, and is to refuse it
-            self.execute("PRAGMA wal_checkpoint")
-        generated = {name for name, row in present.items() if row[6]}
-        return [column for column in wanted if column.lower() not in generated]
+        # An older redpipe reads it, too, and is to refuse what was version 1: the checkpoint.
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "wal_checkpoint"):
+            self.execute(f"PRAGMA {pragma}")
+        return [column for column in wanted if not present.get(column.lower())]
 
     def check(self) -> None:
         """Raise StorageFailed when the file has been deleted or replaced under us."""
