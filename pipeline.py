@@ -2003,14 +2003,9 @@ class Database(AbstractContextManager["Database"]):
 
     def unstored(self, posts: Sequence[Post]) -> list[Post]:
         """Return the posts that are not stored, or stored without the author they have."""
-        known = (
-            f"SELECT 1 FROM posts WHERE id = ? AND (author IS NOT NULL OR ? IS NULL OR {NAMELESS})"
-        )
-        return [
-            post
-            for post in posts
-            if not self.execute(known, (post["id"], text(post.get("author_fullname"))))
-        ]
+        sql = f"SELECT 1 FROM posts WHERE id = ? AND (author IS ifnull(author, ?) OR {NAMELESS})"
+        values = [(post["id"], text(post.get("author_fullname"))) for post in posts]
+        return [post for post, of in zip(posts, values, strict=True) if not self.execute(sql, of)]
 
 
 def insert_statement(columns: Sequence[str]) -> str:
