@@ -35,7 +35,6 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
@@ -2008,27 +2007,21 @@ class Database(AbstractContextManager["Database"]):
         return [post for post, of in zip(posts, values, strict=True) if not self.execute(sql, of)]
 
 
-def insert_statement(columns: Sequence[str]) -> str:
+def insert_statement(columns: Sequence[str], now: int) -> str:
     """Return the statement that stores a row, or fills what is NULL in one stored."""
-    names = ", ".join(f'"{column}"' for column in (*columns, "stored_utc"))
-    marks = ", ".join("?" * (len(columns) + 1))
-    gains = {c: f'posts."{c}" IS NULL AND excluded."{c}" IS NOT NULL' for c in columns}
-    for column in ("author", "author_name"):
-        gains[column] += f" AND NOT ({NAMELESS})"
-    filled = ", ".join(
-        f'"{c}" = iif({gain}, excluded."{c}", posts."{c}")' for c, gain in gains.items()
-    )
+    names = ", ".join(f'"{c}"' for c in columns)
+    new = {c: f'excluded."{c}"' for c in columns}
+    new |= {c: f"iif({NAMELESS}, NULL, excluded.{c})" for c in ("author", "author_name")}
+    filled = ", ".join(f'coalesce(posts."{c}", {value})' for c, value in new.items())
     return (
-        f"INSERT INTO posts ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {filled}"
-        f" WHERE posts.erased_utc IS NULL AND ({' OR '.join(gains.values())})"
+        f"INSERT INTO posts ({names}, stored_utc) VALUES (:{', :'.join(columns)}, {now})"
+        f" ON CONFLICT (id) DO UPDATE SET ({names}) = ({filled})"
+        f" WHERE erased_utc IS NULL AND ({filled}) IS NOT ({names})"
     )
 
 
 def load(
-    database: Database,
-    rows: Iterable[Row],
-    cursors: Sequence[Cursor] = (),
-    gaps: Sequence[Gap] = (),
+    database: Database, rows: list[Row], cursors: Sequence[Cursor] = (), gaps: Sequence[Gap] = ()
 ) -> int:
     """Store rows, cursors and gaps in one transaction; return the posts stored or filled.
 
@@ -2036,11 +2029,9 @@ def load(
     is stored already gains what was NULL, and loses nothing. Raises StorageFailed.
     """
     database.check()
-    now = int(database.clock.time())
-    pick = itemgetter(*database.columns)
-    values = [(*pick(row), now) for row in rows]
+    insert = insert_statement(database.columns, int(database.clock.time()))
     with database.transaction():
-        stored = max(0, database.execute_many(insert_statement(database.columns), values))
+        stored = max(0, database.execute_many(insert, rows))
         database.execute_many(NAME_GAP, gaps)  # before the cursor moves: it looks at it
         database.execute_many(MOVE_CURSOR, cursors)
     log.debug("%d posts stored, %d gaps named", stored, len(gaps))
