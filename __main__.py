@@ -486,7 +486,7 @@ class Run:
             return pipeline.Reddit(access, open_network())
 
     def open_database(self) -> "Database":
-        return pipeline.Database(self.path, self.fields, shield=self.signals.held)
+        return pipeline.Database(self.path, self.fields, hold=self.signals.held)
 
     def import_file(self) -> None:
         """Store the posts of a file."""

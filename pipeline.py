@@ -1851,23 +1851,22 @@ def check_header(path: str) -> bool:
     return bool(header)
 
 
+Hold = Callable[[], AbstractContextManager[Any]]  # of what signals break off
+
+
 class Database(AbstractContextManager["Database"]):
     """An open database of ours; `columns` are those that `load` fills.
 
-    Every sqlite3 error is raised as StorageFailed that names the file. `shield` is
+    Every sqlite3 error is raised as StorageFailed that names the file. `hold` is
     entered once a transaction has its lock, and left when it is committed.
     """
 
     def __init__(
-        self,
-        path: str,
-        fields: Sequence[Field] = (),
-        clock: Clock = time,
-        shield: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, path: str, fields: Sequence[Field] = (), clock: Clock = time, hold: Hold = nullcontext
     ) -> None:
         self.path = os.path.abspath(path)
         self.clock = clock
-        self.shield = shield
+        self.hold = hold
         check_header(self.path)
         self._made_here = not os.path.lexists(self.path)
         try:
@@ -1883,7 +1882,7 @@ class Database(AbstractContextManager["Database"]):
             raise
 
     def __exit__(self, kind: object = None, *error: object) -> None:
-        with self.shield(), closing(self._connection):
+        with self.hold(), closing(self._connection):
             if kind is Gone and self._made_here:
                 self._withdraw()
 
@@ -1948,7 +1947,7 @@ class Database(AbstractContextManager["Database"]):
     def transaction(self) -> Iterator[None]:
         """Hold the write lock; commit at the end, roll back after an exception."""
         self.execute("BEGIN IMMEDIATE")
-        with self.shield(), self._connection:
+        with self.hold(), self._connection:
             yield
             self.execute("COMMIT")
 
