@@ -1779,8 +1779,7 @@ def transform(post: Post, fields: Sequence[Field] = ()) -> Row:
 APPLICATION_ID = 0x72647069  # "rdpi", so that `file` and we know our databases
 USER_VERSION = 2
 
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS posts (
+SCHEMA = f"""CREATE TABLE IF NOT EXISTS posts (
     id TEXT PRIMARY KEY NOT NULL, created_utc INTEGER, subreddit TEXT, title TEXT, author TEXT,
     author_name TEXT, permalink TEXT, stored_utc INTEGER, checked_utc INTEGER, erased_utc INTEGER);
 CREATE INDEX IF NOT EXISTS posts_created_utc ON posts (created_utc);
@@ -1801,21 +1800,16 @@ CREATE VIEW IF NOT EXISTS coverage AS SELECT subreddit,
     strftime('%Y-%m-%dT%H:%M:%SZ', newest_utc, 'unixepoch') AS until,
     strftime('%Y-%m-%dT%H:%M:%SZ', polled_utc, 'unixepoch') AS last_poll,
     (SELECT count(*) FROM gaps WHERE gaps.subreddit = cursors.subreddit) AS gaps FROM cursors;
-PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {USER_VERSION}
-"""
+PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {USER_VERSION}"""
 
 # Of two first runs at once, the one that began later says where coverage begins.
-MOVE_CURSOR = """
-INSERT INTO cursors VALUES (?, ?, ?, ?) ON CONFLICT (subreddit) DO UPDATE SET
+MOVE_CURSOR = """INSERT INTO cursors VALUES (?, ?, ?, ?) ON CONFLICT (subreddit) DO UPDATE SET
     since_utc = max(since_utc, excluded.since_utc),
-    newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc
-"""
+    newest_utc = max(newest_utc, excluded.newest_utc), polled_utc = excluded.polled_utc"""
 
-NAME_GAP = """
-INSERT INTO gaps SELECT ?1, newest_utc - ?2 AS after, ?3, ?4 FROM cursors
+NAME_GAP = """INSERT INTO gaps SELECT ?1, newest_utc - ?2 AS after, ?3, ?4 FROM cursors
 WHERE subreddit = ?1 AND after < ?3 AND NOT EXISTS (
-    SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)
-"""
+    SELECT 1 FROM gaps WHERE subreddit = ?1 AND after_utc <= after AND before_utc >= ?3)"""
 
 # Of a post: Reddit has shown it without its author, whose account is deleted.
 NAMELESS = "posts.checked_utc IS NOT NULL AND posts.author_name IS NULL"
@@ -1831,11 +1825,10 @@ def check_header(path: str) -> bool:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise NotOurs(f"{path}: not a regular file")
+    header = b""
     try:
-        with open(path, "rb") as file:
+        with suppress(FileNotFoundError), open(path, "rb") as file:
             header = file.read(2**16)  # the schema, too, if it fits into the first page
-    except FileNotFoundError:
-        return False
     except OSError as exc:
         raise NotOurs(f"{path}: {exc.strerror}") from exc
     if header and not header.startswith(b"SQLite format 3\0"):
@@ -2043,10 +2036,8 @@ def check_exists(path: str) -> None:
         raise NotOurs(f"{path}: there is no database")
 
 
-COUNT_PART = """
-SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?), count(*), {}
-FROM posts WHERE rowid BETWEEN ? AND ? GROUP BY 1, 2
-"""
+COUNT_PART = """SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?),
+    count(*), {} FROM posts WHERE rowid BETWEEN ? AND ? GROUP BY 1, 2"""
 
 
 class Survey:
