@@ -1741,12 +1741,11 @@ def scalar(value: Any) -> Any:
         return text(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
-    try:
+    with suppress(RecursionError, ValueError):
         value = _decode(json.dumps(value))  # 1e999 is infinite, which is not JSON: it is None
-    except (RecursionError, ValueError):
-        return None
-    plain = value is None or isinstance(value, float)
-    return value if plain else text(json.dumps(value, ensure_ascii=False))
+        plain = value is None or isinstance(value, float)
+        return value if plain else text(json.dumps(value, ensure_ascii=False))
+    return None
 
 
 def value_at(post: Post, path: Sequence[str]) -> Any:
