@@ -1938,6 +1938,7 @@ class Database(AbstractContextManager["Database"]):
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Hold the write lock; commit at the end, roll back after an exception."""
+        self.check()
         self.execute("BEGIN IMMEDIATE")
         with self.hold(), self._connection:
             yield
@@ -1971,7 +1972,6 @@ class Database(AbstractContextManager["Database"]):
 
         What is erased stays so. Which columns there are is read anew: others may add some.
         """
-        self.check()
         now = int(self.clock.time())
         with self.transaction():
             columns = self.execute("PRAGMA table_xinfo(posts)")
@@ -2019,7 +2019,6 @@ def load(
     The rows are those that `transform` makes with the database's fields. A post that
     is stored already gains what was NULL, and loses nothing. Raises StorageFailed.
     """
-    database.check()
     insert = insert_statement(database.columns, int(database.clock.time()))
     with database.transaction():
         stored = max(0, database.execute_many(insert, rows))
