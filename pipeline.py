@@ -5,10 +5,10 @@
 
 Each name is a listing of its own. A walk reads it from its newest page back past
 its cursor, the time up to which everything listed is stored. Its posts, oldest
-first, and the cursor
-it moves make one Batch, and `load` commits a Batch in one transaction. So there
-is never a hole behind a cursor, whenever the process dies: a walk that did not
-finish moved nothing, and what a finished one could not reach is a row in `gaps`.
+first, and the cursor it moves make one Batch, and `load` commits a Batch in one
+transaction. So there is never a hole behind a cursor, whenever the process dies: a
+walk that did not finish moved nothing, and what a finished one could not reach is a
+row in `gaps`.
 
 Deciding is done by pure functions of values; sessions, clocks and random numbers
 are arguments. Nothing here prints, reads the environment or knows of signals.
@@ -1712,7 +1712,10 @@ BUILT_IN = (*COLUMNS, "stored_utc", "checked_utc", "erased_utc")
 
 
 def parse_fields(specs: Iterable[str]) -> list[Field]:
-    """Read each KEY or KEY:COLUMN. Raises BadUsage for what can be no column, or is one."""
+    """Read the --field options, each KEY or KEY:COLUMN.
+
+    Raises BadUsage for what can be no column, or is one already.
+    """
     fields: dict[str, Field] = {}
     for spec in specs:
         key, _, column = spec.partition(":")
@@ -1843,7 +1846,7 @@ def check_header(path: str) -> bool:
     return bool(header)
 
 
-Hold = Callable[[], AbstractContextManager[Any]]  # of what signals break off
+Hold = Callable[[], AbstractContextManager[Any]]  # makes what holds signals back
 
 
 class Database(AbstractContextManager["Database"]):
