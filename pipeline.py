@@ -483,7 +483,7 @@ def fullname(post: Post) -> str:
 # What may stand before the root: no DOCTYPE, whose entities could grow without bound.
 _FEED = re.compile(r"(?:\s|<\?[^>]*>|<!--[^>]*>)*(<feed\b[^>]*>)")
 _CDATA = re.compile(r"<!\[CDATA\[((?:(?!<!\[CDATA\[).)*?)\]\]>", re.DOTALL)
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_FORBIDDEN = re.compile("[\0-\x08\v\f\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _REFERENCE = re.compile(r"&(?:#[0-9]{1,9};|#[xX][0-9a-fA-F]{1,8};|[A-Za-z]\w{1,31};)?")
 
 
