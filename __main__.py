@@ -3,16 +3,14 @@
 import sys
 
 if sys.version_info < (3, 10):  # this file must parse on Python 3.6 to say so
-    sys.exit(
-        "redpipe needs Python 3.10 or newer; this is %d.%d (%s)"
-        % (sys.version_info[0], sys.version_info[1], sys.executable)
-    )
+    sys.exit("redpipe needs Python 3.10 or newer; %s is %.3s" % (sys.executable, sys.version))
 
+import gc
 import os
 import select
 import signal
 import time
-from _thread import allocate_lock
+from _thread import allocate_lock, start_new_thread
 from contextlib import contextmanager, suppress
 
 TYPE_CHECKING = False  # typing's own costs milliseconds at every start
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     import pipeline
     from pipeline import Batch, Cursor, Database, Row, Survey
 
-    Span = tuple[int, int]
     Tell = Callable[[], str]
 else:
 
@@ -31,9 +28,7 @@ else:
         """The module pipeline, imported at its first use: --help and --version need none."""
 
         def __getattr__(self, name: str) -> "Any":
-            import pipeline
-
-            return getattr(pipeline, name)
+            return getattr(__import__("pipeline"), name)
 
     pipeline = Late()
 
@@ -51,23 +46,17 @@ it is stopped, and stores each new post once. Started again, it goes on.
 
 Options:
   --once              Store everything new since the last run, then exit (cron).
-  --from=FILE         Read posts from FILE instead of Reddit: a post, a t3 thing or
-                      a listing a line; - is standard input.
-  --field=SPEC        Also store a field: KEY or KEY:COLUMN; dots reach into objects.
-                      May be repeated.
+  --from=FILE         Read posts from FILE, a JSON value a line; - is standard input.
+  --field=SPEC        Also store KEY, KEY.KEY or KEY:COLUMN. May be repeated.
   --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
   --print             Also write each new post to standard output, as a line of JSON.
-  --recheck=HOURS     Ask Reddit again about the posts that it was last asked about HOURS
-                      ago or earlier, erase what was deleted there, refresh the
-                      fields, then exit.
+  --recheck=HOURS     Ask again about posts not asked about for HOURS, erase what
+                      was deleted on Reddit, refresh the fields, then exit.
   --status            Show what is stored and how complete it is, then exit.
   -q, --quiet         Say errors only.
   -v, --verbose       Say what every poll did.
-  -h, --help          Show this text.
-  --version           Show the version.
 
-Credentials come from the environment: see Credentials in README.
-"""
+Credentials come from the environment: see Credentials in README."""
 
 CONFLICTS = {  # none of the second goes with the first
     "--from": ("--once", "--recheck", "--status", "--interval", "--print"),
@@ -85,50 +74,45 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Turns signals into Stopped."""
+    """Turns signals into Stopped. Inside of `with` they wait until its end."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        self.holds = 0
+    number = 0  # of the first that came
+    holds = 0
 
     def listen(self) -> None:
         """Take over the signals that end a process, save those that are ignored."""
         import atexit
 
         atexit.register(self.die)  # the first to be registered is the last to run
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.arrived)
 
     def arrived(self, number: int, frame: object) -> None:
-        """Stop. If that is lost in a finalizer, the next transaction's end stops."""
+        """Stop, by the first that comes; more would disturb the end."""
         if not self.number:
             self.number = number
+            # What is raised in a finalizer is lost, and told here: stop a moment later.
+            signal.signal(signal.SIGALRM, lambda *_: self.check())
+            sys.unraisablehook = lambda _: signal.setitimer(signal.ITIMER_REAL, 0.1)
             self.check()
 
     def check(self) -> None:
         if self.number and not self.holds:
             raise Stopped
 
-    @contextmanager
-    def held(self) -> "Iterator[None]":
-        """Hold signals back until the end of the context."""
+    def __enter__(self) -> None:
         self.holds += 1
-        try:
-            yield
-        finally:
-            self.holds -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self.holds -= 1
         self.check()
 
     def die(self) -> None:
         """End the process by the signal that came, when all exit handlers have run."""
         if self.number:
-            # Python complains of one that comes while its handler is being replaced.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [self.number])
             signal.signal(self.number, signal.SIG_DFL)
             os.kill(os.getpid(), self.number)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self.number])
 
 
 class Console:
@@ -139,10 +123,9 @@ class Console:
     """
 
     def __init__(self, stream: "TextIO | None") -> None:
-        self.stream = stream
+        self.is_open = stream is not None
         self.terminal = stream is not None and stream.isatty() and os.name == "posix"
-        self.lives = self.terminal
-        self.line = ""
+        self.lives, self.line = False, ""
         self.lock = allocate_lock()
 
     def write(self, message: str) -> None:
@@ -150,21 +133,12 @@ class Console:
         printable = "".join(c if c.isprintable() else "\ufffd" for c in message.rstrip("\n"))
         with self.lock:
             blank = " " * len(self.line) + "\r" if self.line else ""
-            self._put(blank + printable + "\n" + self.line)
+            self._put(f"{blank}redpipe: {printable}\n{self.line}")
 
     def live(self, tell: "Tell") -> None:
         """Show what `tell` returns, from now on and anew every second, until `close`."""
-        import threading
-
-        def draw() -> None:
-            # A signal that comes to this thread might not wake the main one.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            while self.lives:
-                self._draw(tell())
-                time.sleep(1)
-
         if self.lives:
-            threading.Thread(target=draw, daemon=True).start()
+            start_new_thread(self._draw, (tell,))
 
     def close(self) -> None:
         """Leave the line as it is; nothing is drawn any more."""
@@ -173,28 +147,27 @@ class Console:
                 self._put("\n")
             self.lives, self.line = False, ""
 
-    def _draw(self, line: str) -> None:
-        with self.lock, suppress(OSError):  # the terminal may be gone
-            if self.lives:
+    def _draw(self, tell: "Tell") -> None:
+        # A signal that comes to this thread might not wake the main one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while self.lives:
+            with self.lock, suppress(OSError):  # the terminal may be gone
                 width = os.get_terminal_size(2).columns or 80
-                line = line[: width - 1]
+                line = f"redpipe: {tell()}"[: width - 1] if self.lives else ""
                 self._put(line.ljust(len(self.line)))
                 self.line = line
+            time.sleep(1)
 
     def _put(self, text: str) -> None:
-        try:
-            # Ctrl-S stops a terminal; capturing does not wait for it.
-            if self.stream and (not self.terminal or select.select([], [2], [], 0.5)[1]):
-                self.stream.write("\r" * self.terminal + text)
-                self.stream.flush()
-        except (OSError, ValueError):
-            # What is left in its buffer would fail once more at exit, and make that 120.
-            self.stream = sys.stderr = None
+        # Ctrl-S stops a terminal; capturing does not wait for it.
+        if self.is_open and (not self.terminal or select.select([], [2], [], 0.5)[1]):
+            with suppress(OSError):  # past Python's buffer, which would fail once more at exit
+                os.write(2, ("\r" * self.terminal + text).encode())
 
 
-def say(text: str, signals: Signals) -> None:
+def say(lines: "Iterable[str]", signals: Signals) -> None:
     """Write to standard output, at once. Raises StorageFailed, or Stopped by SIGPIPE."""
-    left = text.encode()
+    left = "".join(f"{line}\n" for line in lines).encode()
     try:
         while left:  # past Python's buffer, which would be written once more at exit
             left = left[os.write(sys.stdout.fileno(), left) :]
@@ -209,17 +182,17 @@ def parse_arguments(argv: "list[str]") -> "dict[str, Any]":
     """Read the command line. Raises BadUsage."""
     from docopt import docopt
 
-    usage = USAGE.replace("<database>", "[<database>]")  # the check of options comes first
-    try:
-        arguments = dict(docopt(usage, argv, default_help=False))
+    try:  # without a database, too: what is wrong with the options is said first
+        arguments = docopt(USAGE.replace("<database>", "[<database>]"), argv, default_help=False)
     except SystemExit as error:
-        import re
-
         check_options({word.partition("=")[0] for word in argv})
-        unmatched = re.findall(r"'([^']*)'", str(error).partition("\n")[0])
-        words = "unknown or repeated: " + " ".join(unmatched) if unmatched else "wrong options"
+        said = str(error).partition("\n")[0]
+        wrong = " ".join(said.split("'")[1::2])  # what docopt puts into a list of objects
+        words = f"unknown or repeated: {wrong}" if wrong else said
         raise pipeline.BadUsage(f"{words}; see redpipe.pyz --help") from None
     check_options({option for option, value in arguments.items() if value not in (None, False, [])})
+    if arguments["<database>"] is None:
+        raise pipeline.BadUsage("missing <database>; see redpipe.pyz --help")
     return arguments
 
 
@@ -239,33 +212,28 @@ def parse_subreddits(arguments: "list[str]") -> "list[str]":
         if argument.lower().endswith((".db", ".sqlite", ".sqlite3")):
             raise pipeline.BadUsage(f"{argument}: the database comes first, then the subreddits")
         for name in re.sub(r"^/?r/|/$", "", argument).split("+"):
-            if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise pipeline.BadUsage(
-                    f"{argument}: not a subreddit name, like python, r/python or a+b"
-                )
+            if not re.fullmatch(r"(?a)[\w.-]*\w[\w.-]*", name):
+                raise pipeline.BadUsage(f"{argument}: not a subreddit name, like python or a+b")
             names.append(name.lower())
     return list(dict.fromkeys(names))
 
 
-def parse_number(
-    arguments: "dict[str, Any]", option: str, default: float, bounds: "tuple[float, float]"
-) -> float:
+def parse_number(option: str, text: str, least: int, most: int) -> float:
     """Read an option's number: of seconds, or of hours. Raises BadUsage."""
-    text = default if arguments[option] is None else arguments[option]
     with suppress(ValueError):
-        if bounds[0] <= float(text) <= bounds[1]:
+        if least <= float(text) <= most:
             return float(text)
-    raise pipeline.BadUsage(f"{option}={text}: not a number from {bounds[0]} to {bounds[1]}")
+    raise pipeline.BadUsage(f"{option}={text}: not a number from {least} to {most}")
 
 
 def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
     """Read where to ask, and with which credentials. Raises BadEnvironment."""
     import re
 
-    names = ("REDPIPE_URL", "REDDIT_CLIENT_ID", "REDDIT_CLIENT_SECRET")
-    url, client_id, secret = (environ.get(name, "").strip() for name in names)
-    user, token = (environ.get(f"REDDIT_{name}", "").strip() for name in ("USERNAME", "FEED_TOKEN"))
-    if url and ("@" in url or not is_address(url)):  # not repeated: it may hold a password
+    names = ("CLIENT_ID", "CLIENT_SECRET", "USERNAME", "FEED_TOKEN")
+    client_id, secret, user, token = (environ.get(f"REDDIT_{name}", "").strip() for name in names)
+    url = environ.get("REDPIPE_URL", "").strip()
+    if url and ("@" in url or "://" not in url or not is_address(url)):  # it may hold a password
         raise pipeline.BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
     if not re.fullmatch(r"[A-Za-z0-9_-]*", user):
         raise pipeline.BadEnvironment("REDDIT_USERNAME: not the name of an account")
@@ -275,36 +243,29 @@ def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
         raise pipeline.BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
     if (client_id or token) and url.lower().startswith("http:") and not pipeline.is_loopback(url):
         raise pipeline.BadEnvironment("REDPIPE_URL: credentials go to other machines by https only")
-    check_proxies(environ, url or pipeline.WWW_URL)
     check_certificates(environ)
     agent = f"{sys.platform}:redpipe:{VERSION}" + (f" (by /u/{user})" if user else "")
     return pipeline.Access(url.rstrip("/"), client_id, secret, user, token, agent)
 
 
 def is_address(url: str) -> bool:
-    """Return whether it is of the form http(s)://[user:password@]host[:port][/path]."""
+    """Return whether it is of the form [http(s)://][user:password@]host[:port][/path]."""
     import re
 
     host = r"([^\s/?#]*@)?([\w.-]+|\[[0-9a-f:.]+\])"
-    match = re.fullmatch(rf"https?://{host}(:(?P<port>\d+))?(/[^\s?#]*)?", url, re.IGNORECASE)
+    match = re.fullmatch(rf"(?i)(https?://)?{host}(:(?P<port>\d+))?(/[^\s?#]*)?", url)
     return match is not None and url.isprintable() and 0 < int(match["port"] or 80) < 65536
 
 
-def check_proxies(environ: "Mapping[str, str]", url: str) -> None:
-    """Raise BadEnvironment if the proxy that requests would take can never work."""
-    from urllib.parse import urlsplit
-    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+def check_proxy(url: str) -> None:
+    """Raise BadEnvironment if the proxy that requests takes for an address can never work."""
+    from requests.utils import get_environ_proxies, select_proxy
 
-    target = urlsplit(url)
-    exempt = {"no": environ.get("no_proxy") or environ.get("NO_PROXY", "")}
-    kinds = (target.scheme + "_proxy", "all_proxy")
-    names = [name for kind in kinds for name in (kind, kind.upper()) if environ.get(name)]
-    if names and not proxy_bypass_environment(target.hostname, exempt):
-        proxy = environ[names[0]]
-        if not is_address(proxy if "://" in proxy else "http://" + proxy):
-            raise pipeline.BadEnvironment(
-                f"{names[0]}: not of the form http(s)://host:port; SOCKS is not spoken"
-            )
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if proxy and not is_address(proxy):
+        names = [name for name in os.environ if "_proxy" in name.lower()]
+        name = next((name for name in names if os.environ[name] == proxy), "proxy")
+        raise pipeline.BadEnvironment(f"{name}: not http(s)://host:port; SOCKS is not spoken")
 
 
 def check_certificates(environ: "Mapping[str, str]") -> None:
@@ -312,28 +273,13 @@ def check_certificates(environ: "Mapping[str, str]") -> None:
     import glob
     import ssl
 
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        path = environ.get(name, "")
+    for name in filter(environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        for file in glob.glob(glob.escape(path) + "/*") or [path]:
+        for file in glob.glob(glob.escape(environ[name]) + "/*") or [environ[name]]:
             with suppress(OSError):
                 context.load_verify_locations(file)
-        if path and not context.cert_store_stats()["x509"]:
+        if not context.cert_store_stats()["x509"]:
             raise pipeline.BadEnvironment(f"{name}: not a file or folder that holds a certificate")
-
-
-def open_network() -> "pipeline.Fetch":
-    """Import requests, whose certificates go from the archive to a temporary file."""
-    import tempfile
-
-    try:
-        with tempfile.TemporaryFile() as file:  # a full disk would cut them off in silence
-            file.write(bytes(2**19))
-        return pipeline.http_fetch()
-    except OSError as exc:
-        raise pipeline.StorageFailed(
-            f"temporary directory {tempfile.tempdir or ''}: {exc.strerror or exc}; set TMPDIR"
-        ) from exc
 
 
 def log_to(console: Console, arguments: "dict[str, Any]") -> None:
@@ -341,20 +287,19 @@ def log_to(console: Console, arguments: "dict[str, Any]") -> None:
     import logging
 
     level = logging.INFO if console.terminal else logging.WARNING
-    level = logging.DEBUG if arguments["--verbose"] else level
-    handler = logging.StreamHandler(console)
-    handler.setFormatter(logging.Formatter("redpipe: %(message)s"))
-    logger = logging.getLogger("redpipe")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.ERROR if arguments["--quiet"] else level)
+    level = logging.ERROR if arguments["--quiet"] else level
+    pipeline.log.handlers[:] = [logging.StreamHandler(console)]
+    pipeline.log.setLevel(logging.DEBUG if arguments["--verbose"] else level)
+    console.lives = console.terminal and not (arguments["--quiet"] or arguments["--print"])
 
 
-def share_done(file: "Any", seconds: float) -> str:
-    """Say how much of FILE was read in so many seconds, and when a regular one will be done.
+def share_done(file: "Any", began: float) -> str:
+    """Say how much of FILE was read since then, and when a regular one will be done.
 
     It looks at two numbers only, so a thread may call it at any time, even on a closed file.
     """
     size, taken = file.raw.size, file.raw.taken  # of a CountingFile
+    seconds = time.monotonic() - began
     speed = f"{taken / 1e6 / max(seconds, 0.1):,.0f} MB/s"
     if not 0 < taken <= size:  # a pipe, or a file that grows
         return f"{taken / 1e6:,.0f} MB read, {speed}"
@@ -396,24 +341,22 @@ class Progress:
     That is by the times of the last five minutes' posts: how fast one catches up tells nothing.
     """
 
-    def __init__(self, standing: "Tell") -> None:
-        self.standing = standing
-        self.stored = self.gaps = self.newest = 0
-        self.recent: list[int] = []
+    stored = gaps = newest = 0
+    recent: "tuple[int, ...]" = ()
 
     def add(self, stored: int, rows: "Sequence[Row]", batch: "Batch") -> None:
         self.stored += stored
         self.gaps += len(batch.gaps)
         for cursor in batch.cursors:
             self.newest = max(self.newest, cursor.newest_utc)
-            self.recent += [row["created_utc"] or 0 for row in rows]
+            self.recent += tuple(row["created_utc"] or 0 for row in rows)
 
     def line(self) -> str:
         now, seen = time.time(), ""
         if self.newest:
-            self.recent = [at for at in self.recent if at > now - 300]
-            seen = f"{len(self.recent) / 5:,.1f}/min, newest {duration(now - self.newest)} ago, "
-        return f"redpipe: {counted(self.stored, 'post')} stored, {seen}{self.standing()}"
+            self.recent = tuple(at for at in self.recent if at > now - 300)
+            seen = f", {len(self.recent) / 5:,.1f}/min, newest {duration(now - self.newest)} ago"
+        return f"{counted(self.stored, 'post')} stored{seen}"
 
     def result(self) -> str:
         return f"{counted(self.stored, 'post')} stored, {counted(self.gaps, 'gap')}"
@@ -422,138 +365,90 @@ class Progress:
 ROW = "{:22.22} {:10} {:16} {:>7} {:>10} {:>4} {:>8} {}"  # at most 100 columns
 
 
-def status_table(survey: "Survey", cursors: "Sequence[Cursor]", now: int) -> "list[str]":
-    """Lay out a line for each cursor."""
-    lines = [ROW.format("name", "since", "until", "poll", "posts", "gaps", "span", "last 14 days")]
+def status_table(survey: "Survey", cursors: "Sequence[Cursor]", now: int) -> "Iterator[str]":
+    """Yield a heading, and a line for each cursor."""
+    yield ROW.format("name", "since", "until", "poll", "posts", "gaps", "span", "last 14 days")
     for name, since, newest, polled in cursors:
         gaps = [(after, before) for owner, after, before in survey.gaps if owner == name]
         posts = survey.posts[name]
         poll = duration(now - polled) if polled else "never"
         span = duration(sum(before - after for after, before in gaps)) if gaps else ""
-        drawn = bar(posts, (since, max(newest, polled)), gaps, now // 86400)
+        covered = days_of([(since, max(newest, polled))])
+        drawn = bar(posts, covered, days_of(gaps), now // 86400)
         counts = f"{sum(posts.values()):,}", f"{len(gaps):,}"
-        lines.append(ROW.format(name, utc(since)[:10], utc(newest), poll, *counts, span, drawn))
-    return lines
+        yield ROW.format(name, utc(since)[:10], utc(newest), poll, *counts, span, drawn)
 
 
 def utc(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) if seconds else "-"
 
 
-def bar(posts: "Mapping[int, int]", covered: "Span", gaps: "Sequence[Span]", today: int) -> str:
+def days_of(spans: "Sequence[tuple[int, int]]") -> "set[int]":
+    return {day for first, last in spans for day in range(first // 86400, last // 86400 + 1)}
+
+
+def bar(posts: "Mapping[int, int]", covered: "set[int]", gaps: "set[int]", today: int) -> str:
     """Draw the posts of the last 14 days, today's last, by the day that had most."""
     days = range(today - 13, today + 1)
     most = max(1, *(posts.get(day, 0) for day in days))
-    drawn = ""
-    for day in days:
-        level = "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)]
-        drawn += "!" if touches(day, gaps) else level if touches(day, [covered]) else "·"
-    return drawn
-
-
-def touches(day: int, spans: "Sequence[Span]") -> bool:
-    return any(first // 86400 <= day <= last // 86400 for first, last in spans)
+    levels = {day: "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)] for day in covered}
+    return "".join("!" if day in gaps else levels.get(day, "·") for day in days)
 
 
 class Run:
     """One run: what was asked for, and the process it runs in."""
 
     def __init__(self, arguments: "dict[str, Any]", signals: Signals, console: Console) -> None:
+        given = {option: value for option, value in arguments.items() if value is not None}
         self.arguments = arguments
         self.signals = signals
         self.console = console
         self.path: str = arguments["<database>"]
-        if self.path is None:
-            raise pipeline.BadUsage("missing <database>; see redpipe.pyz --help")
         self.names = parse_subreddits([name for name in arguments["<subreddit>"] if name != "--"])
         self.fields = pipeline.parse_fields(arguments["--field"])
-        self.interval = parse_number(arguments, "--interval", 25, (1, 3600))
-        self.hours = parse_number(arguments, "--recheck", 0, (0, 1_000_000))
+        self.interval = parse_number("--interval", given.get("--interval", "25"), 1, 3600)
+        self.hours = parse_number("--recheck", given.get("--recheck", "0"), 0, 1_000_000)
 
     def follow(self) -> None:
         """Store what is new on Reddit."""
-        access, names = read_access(os.environ), self.names or ["all"]
+        reddit, names = self.open_reddit(), self.names or ["all"]
         once = self.arguments["--once"]
-        verb = "polling" if once else "following"
-        reddit = self.open_reddit(access)
+        what = f"{'polling' if once else 'following'} {pipeline.several(names)}"
         with self.open_database() as database:
             batches = pipeline.stream(reddit, names, database, interval=self.interval, once=once)
-            what = f"{verb} {pipeline.several(names)} {source_of(access)}"
+            what += f" {source_of(reddit.access)}"
             self.store(database, batches, what, lambda: standing(reddit))
-
-    def open_reddit(self, access: "pipeline.Access") -> "pipeline.Reddit":
-        with self.signals.held():  # an import that was broken off would leave its file behind
-            return pipeline.Reddit(access, open_network())
-
-    def open_database(self) -> "Database":
-        return pipeline.Database(self.path, self.fields, hold=self.signals.held)
 
     def import_file(self) -> None:
         """Store the posts of a file."""
-        path, started = self.arguments["--from"], time.monotonic()
+        path, began = self.arguments["--from"], time.monotonic()
         with pipeline.open_file(path) as file, self.open_database() as database:
             batches = pipeline.read_file(file, self.names)
-            what = f"reading {path}"
-            self.store(
-                database, batches, what, lambda: share_done(file, time.monotonic() - started)
-            )
-
-    def store(
-        self, database: "Database", batches: "Iterable[Batch]", what: str, standing: "Tell"
-    ) -> None:
-        """Run the pipeline: posts, rows, transactions; and say how it goes."""
-        import json
-
-        progress, transform = Progress(standing), pipeline.transform
-        with self.told(what, progress.line, progress.result):
-            for batch in batches:
-                rows = [transform(post, self.fields) for post in batch.posts]
-                if self.arguments["--print"]:
-                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-                    say("".join(lines), self.signals)
-                stored = pipeline.load(database, rows, batch.cursors, batch.gaps)
-                progress.add(stored, rows, batch)
+            self.store(database, batches, f"reading {path}", lambda: share_done(file, began))
 
     def recheck(self) -> None:
         """Ask about stored posts again, erase what was deleted and refresh the fields."""
         import random
         from collections import Counter
 
-        access = read_access(os.environ)
-        if not access.client_id:
+        reddit, counts = self.open_reddit(), Counter[str]()
+        if not reddit.access.client_id:
             raise pipeline.BadEnvironment("--recheck needs an app; see README, Credentials")
         pipeline.check_exists(self.path)
-        reddit, counts = self.open_reddit(access), Counter[str]()
+        names = pipeline.several(self.names) or "all posts"
 
         def line() -> str:
-            done = "{asked:,} of {due:,} asked, {erased:,} erased".format_map(counts)
-            return f"redpipe: {done}, {standing(reddit)}"
+            return "{asked:,} of {due:,} asked, {erased:,} erased".format_map(counts)
 
         def result() -> str:
-            told = "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased"
-            return told.format_map(counts)
+            return "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased".format_map(counts)
 
         with self.open_database() as database:
             asker = pipeline.Asker(reddit, once=True, chance=random.random, modest=True)
-            what = f"rechecking {pipeline.several(self.names) or 'all posts'} {source_of(access)}"
-            with self.told(what, line, result):
+            what = f"rechecking {names} {source_of(reddit.access)}"
+            with self.told(what, line, result, lambda: standing(reddit)):
                 for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):
                     counts.update(part)
-
-    @contextmanager
-    def told(self, what: str, line: "Tell", result: "Tell") -> "Iterator[None]":
-        """Say how it goes: at the beginning, all the time, and at the end."""
-        import gc
-
-        gc.enable()
-        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
-        if not (self.arguments["--quiet"] or self.arguments["--print"]):
-            self.console.live(line)
-        try:
-            yield
-        finally:
-            self.console.close()
-            pipeline.log.info("%s", result())
 
     def show_status(self) -> None:
         """Print what is stored of each name. Raises Failed if one was not polled lately."""
@@ -563,20 +458,66 @@ class Run:
         names = sorted(known) if not self.names or "all" in self.names else self.names
         cursors = [known.get(name) or pipeline.Cursor(name, 0, 0, 0) for name in names]
         count, gaps = sum(survey.posts["all"].values()), len(survey.gaps)
-        sums = f"{counted(count, 'post')}, {survey.erased:,} erased, {counted(gaps, 'gap')}"
+        total = f"{counted(count, 'post')}, {survey.erased:,} erased, {counted(gaps, 'gap')}"
         if survey.checked_utc:
-            sums += f", last recheck {duration(now - survey.checked_utc)} ago"
-        total = f"{sums}, {os.path.getsize(self.path) / 1e6:,.1f} MB in all"
-        say("\n".join([*status_table(survey, cursors, now), total, ""]), self.signals)
+            total += f", last recheck {duration(now - survey.checked_utc)} ago"
+        total += f", {os.path.getsize(self.path) / 1e6:,.1f} MB in all"
+        say([*status_table(survey, cursors, now), total], self.signals)
         stale = [cursor.subreddit for cursor in cursors if cursor.polled_utc < now - 3600]
         if stale:
             raise pipeline.Failed(f"{pipeline.several(stale)}: not polled within the last hour")
+
+    def open_reddit(self) -> "pipeline.Reddit":
+        """Import requests, whose certificates go from the archive to a temporary file."""
+        import tempfile
+
+        access = read_access(os.environ)
+        try:
+            with self.signals:  # an import that was broken off would leave that file behind
+                with tempfile.TemporaryFile() as file:  # a full disk would cut it off in silence
+                    file.write(bytes(2**19))
+                reddit = pipeline.Reddit(access, pipeline.http_fetch())
+        except OSError as exc:
+            reason = f"{tempfile.tempdir or ''}: {exc.strerror or exc}"
+            raise pipeline.StorageFailed(f"temporary directory {reason}; set TMPDIR") from exc
+        check_proxy(access.url or pipeline.WWW_URL)
+        return reddit
+
+    def open_database(self) -> "Database":
+        return pipeline.Database(self.path, self.fields, hold=lambda: self.signals)
+
+    def store(
+        self, database: "Database", batches: "Iterable[Batch]", what: str, standing: "Tell"
+    ) -> None:
+        """Run the pipeline: posts, rows, transactions; and say how it goes."""
+        import json
+
+        progress, transform = Progress(), pipeline.transform
+        with self.told(what, progress.line, progress.result, standing):
+            for batch in batches:
+                rows = [transform(post, self.fields) for post in batch.posts]
+                if self.arguments["--print"]:
+                    say([json.dumps(row, ensure_ascii=False) for row in rows], self.signals)
+                stored = pipeline.load(database, rows, batch.cursors, batch.gaps)
+                progress.add(stored, rows, batch)
+
+    @contextmanager
+    def told(self, what: str, line: "Tell", result: "Tell", standing: "Tell") -> "Iterator[None]":
+        """Say how it goes: at the beginning, all the time, and at the end."""
+        gc.enable()
+        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
+        self.console.live(lambda: f"{line()}, {standing()}")
+        try:
+            yield
+        finally:
+            self.console.close()
+            pipeline.log.info("%s", result())
 
 
 def run(argv: "list[str]", signals: Signals, console: Console) -> None:
     """Do what the command line asks for."""
     if {"-h", "--help", "--version"} & set(argv):
-        say(f"redpipe {VERSION}\n" if "--version" in argv else USAGE, signals)
+        say([f"redpipe {VERSION}" if "--version" in argv else USAGE], signals)
         return
     arguments = parse_arguments(argv)
     run = Run(arguments, signals, console)
@@ -593,25 +534,20 @@ def run(argv: "list[str]", signals: Signals, console: Console) -> None:
 
 def main(argv: "list[str]") -> int:
     """Run the program and return its exit status; a signal ends the process later on."""
-    import gc
-
     gc.disable()  # imports create no garbage; not looking for it saves 5 % of a start
-    signals = Signals()
-    console = Console(sys.stderr)
+    signals, console = Signals(), Console(sys.stderr)
     try:
-        signals.listen()
         try:
+            signals.listen()
             run(argv, signals, console)
+            return 0
         except pipeline.RedpipeError as error:
-            signals.check()
-            console.write(f"redpipe: {error}")
+            console.write(str(error))
             return error.exit_status
-        return 0
     except Stopped:
         return 0
     finally:
         signals.holds += 1  # exit handlers are not to be disturbed
-        console.close()
 
 
 if __name__ == "__main__":

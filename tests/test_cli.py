@@ -58,7 +58,7 @@ def process_state_kept() -> Iterator[None]:
 
 
 @pytest.fixture
-def main(program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Main]:
+def main(program: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Main]:
     """Call `main(argv)` in this process, with an environment of its own."""
 
     def call(*argv: object, **environment: str) -> Done:
@@ -66,7 +66,7 @@ def main(program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
             os.environ.clear()
             os.environ.update({"TMPDIR": str(tmp_path), **environment})
             status = program.main(list(map(str, argv)))
-        return Done(status, *capsys.readouterr())
+        return Done(status, *capfd.readouterr())
 
     return call
 
@@ -246,7 +246,7 @@ def test_an_empty_file_name_does_not_mean_reddit(main, database):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["posts.db", "--once", "-h"]])
 def test_help_goes_to_standard_output(redpipe, program, arguments):
-    assert redpipe(*arguments) == (0, program.USAGE, "")
+    assert redpipe(*arguments) == (0, f"{program.USAGE}\n", "")
 
 
 def test_the_version_goes_to_standard_output(redpipe, program):

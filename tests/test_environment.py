@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socketserver
 import threading
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ process = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(process)
 
 FAR = {"REDPIPE_URL": "https://reddit.invalid"}
-NO_PROXY_FORM = "not of the form http(s)://host:port; SOCKS is not spoken"
+NO_PROXY_FORM = "not http(s)://host:port; SOCKS is not spoken"
 NO_CERTIFICATE = "not a file or folder that holds a certificate"
 
 PROXY_NAMES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
@@ -51,8 +52,24 @@ GOOD_PROXIES = [
 ]
 
 
+@contextmanager
+def environment(variables):
+    """Let this process have these variables and no others."""
+    kept = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
 def access(**environ):
-    return process.read_access(environ)
+    with environment(environ):
+        found = process.read_access(environ)
+        process.check_proxy(found.url or "https://www.reddit.com")
+    return found
 
 
 @pytest.mark.parametrize("name", PROXY_NAMES)

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -709,7 +710,7 @@ def test_progress_tells_what_was_read_and_of_a_file_share_and_time_left(
     program, size, taken, seconds, said
 ):
     file = SimpleNamespace(raw=SimpleNamespace(size=size, taken=taken))
-    assert program.share_done(file, seconds) == said
+    assert program.share_done(file, time.monotonic() - seconds) == said
 
 
 def test_the_size_of_a_file_and_what_was_taken_of_it_are_known_even_when_it_is_closed(file):

@@ -346,6 +346,54 @@ def test_the_first_of_two_signals_is_the_one_it_dies_of(redpipe, fake_reddit, da
     assert count(database) == 100
 
 
+# Lost: what is raised in a finalizer goes nowhere
+
+LOSE_ONE = """
+import os, runpy, signal, sys
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), int(number))
+        for _ in range(1000):
+            pass
+
+signal.signal(signal.SIGUSR1, lambda *_: Finalized())
+_, number, *sys.argv = sys.argv
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_to_lose_one(
+    redpipe: Redpipe, number: signal.Signals, *arguments: object
+) -> subprocess.Popen[str]:
+    """Start what gets a signal in a finalizer when SIGUSR1 comes; it reads from a pipe."""
+    python, pyz = redpipe.command
+    command = [python, "-c", LOSE_ONE, number.value, pyz, *arguments]
+    return start_through(redpipe, *command, stdin=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_that_is_lost_stops_a_follower_that_sleeps(redpipe, fake_reddit, database, number):
+    status, headers, body = error_reply(429, "Too Many Requests")
+    fake_reddit.script((status, {**headers, "retry-after": "300"}, body))
+    process = start_to_lose_one(redpipe, number, "--interval=1", database, "python")
+    wait_for(fake_reddit.requests)
+    time.sleep(0.1)
+    assert end(process, signal.SIGUSR1) == (-number, "", "")
+    assert count(database) == 0
+    assert left_behind(redpipe) == []
+
+
+def test_one_that_is_lost_stops_an_import_that_waits_for_a_pipe(redpipe, database):
+    process = start_to_lose_one(redpipe, signal.SIGINT, "--from=-", database)
+    wait_for(lambda: database.exists() and database.stat().st_size > 0)
+    time.sleep(0.2)
+    process.stdin, pipe = None, process.stdin
+    assert end(process, signal.SIGUSR1) == (-signal.SIGINT, "", "")
+    assert count(database) == 0
+    pipe.close()
+
+
 # Ignored at the start
 
 
