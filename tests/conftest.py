@@ -85,6 +85,16 @@ class Redpipe:
             process.communicate()
 
 
+def open_terminal() -> tuple[int, int]:
+    """Open a pseudo-terminal and give both ends, ours first; skip where there is none."""
+    try:
+        import pty
+
+        return pty.openpty()
+    except (ImportError, OSError) as exc:
+        pytest.skip(f"no pseudo-terminal can be had: {exc}")
+
+
 @pytest.fixture(scope="session")
 def program() -> ModuleType:
     """Load __main__.py under another name."""

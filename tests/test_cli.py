@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import pty
 import re
 import select
 import signal
@@ -26,7 +25,7 @@ import pytest
 
 import pipeline
 from artefact import wait_for
-from conftest import Done, Redpipe
+from conftest import Done, Redpipe, open_terminal
 from fake_reddit import HANG, FakeReddit, json_reply, make_post, reply
 from virtual import VirtualClock
 
@@ -660,7 +659,7 @@ class Terminal:
     """A pseudo-terminal; what has been written to it is kept."""
 
     def __init__(self) -> None:
-        self.master, self.slave = pty.openpty()
+        self.master, self.slave = open_terminal()
         self.shown = b""
 
     def resize(self, width: int) -> None:

@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import os
-import pty
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 from artefact import wait_for
+from conftest import open_terminal
 from fake_reddit import make_post
 from pipeline import BadLines, Database, load, open_file, read_file, transform
 from virtual import VirtualClock
@@ -764,7 +764,7 @@ def test_nothing_is_left_open(redpipe, file, arguments):
 
 def test_a_terminal_shows_share_done_and_time_left(redpipe, file, database):
     file.write_bytes(numbered(range(2000)))
-    ours, theirs = pty.openpty()
+    ours, theirs = open_terminal()
     process = subprocess.Popen([*redpipe.command, f"--from={file}", str(database)], stderr=theirs)
     os.close(theirs)
     shown = b""

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from artefact import wait_for
-from conftest import Done, Redpipe
+from conftest import Done, Redpipe, open_terminal
 from fake_reddit import HANG, FakeReddit, error_reply, make_post
 
 pytestmark = [
@@ -536,33 +536,23 @@ def test_a_reader_of_messages_that_goes_away_stops_nothing(redpipe, fake_reddit,
 # A terminal that goes away
 
 
-def on_terminal(redpipe: Redpipe, *arguments: object, shell: str = 'exec "$@"') -> tuple[int, int]:
-    """Start redpipe on a terminal of its own; give the process id and the terminal."""
-    import pty
-
-    command = ["sh", "-c", shell, "sh", *redpipe.command, *map(str, arguments)]
-    environment = dict(redpipe.environment)
-    child, terminal = pty.fork()
-    if not child:
-        try:
-            os.chdir(redpipe.directory)
-            os.execvpe(command[0], command, environment)
-        finally:
-            os._exit(127)
-    return child, terminal
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
-def ended(child: int, seconds: float = 20) -> int:
-    """Wait for the end of a process, and give its status; kill one that does not end."""
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise TimeoutError(f"did not end in {seconds} s")
+def on_terminal(
+    redpipe: Redpipe, *arguments: object, shell: str = 'exec "$@"'
+) -> tuple[subprocess.Popen[str], int]:
+    """Start redpipe on a terminal of its own; give the process and the terminal."""
+    terminal, theirs = open_terminal()
+    command = [redpipe.command[0], "-c", TAKE_TERMINAL, "sh", "-c", shell, "sh", *redpipe.command]
+    streams = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
+    process = start_through(redpipe, *command, *arguments, start_new_session=True, **streams)
+    os.close(theirs)
+    return process, terminal
 
 
 def drain(terminal: int, until: Callable[[], object]) -> None:
@@ -582,7 +572,7 @@ def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, datab
     child, terminal = on_terminal(redpipe, "-v", "--interval=1", database, "python")
     drain(terminal, lambda: holds_posts(database))
     os.close(terminal)
-    assert ended(child, SOON) == -signal.SIGHUP
+    assert child.wait(SOON) == -signal.SIGHUP
     assert count(database) == 7
     assert left_behind(redpipe) == []
 
@@ -592,7 +582,7 @@ def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     child, terminal = on_terminal(redpipe, "--interval=1", database, "python")
     drain(terminal, lambda: holds_posts(database))
     os.write(terminal, b"\x03")
-    assert ended(child, SOON) == -signal.SIGINT
+    assert child.wait(SOON) == -signal.SIGINT
     os.set_blocking(terminal, True)
     shown = b""
     with suppress(OSError):
@@ -613,8 +603,8 @@ def test_without_its_terminal_it_goes_on_where_sighup_is_ignored(redpipe, fake_r
     try:
         goes_on(fake_reddit)
     finally:
-        os.kill(child, signal.SIGTERM)
-        status = ended(child, SOON)
+        child.terminate()
+        status = child.wait(SOON)
     assert status == -signal.SIGTERM
     assert count(database) == 7
     assert left_behind(redpipe) == []
