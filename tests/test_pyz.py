@@ -40,6 +40,7 @@ from artefact import (
     serve_listing,
     wait_for,
 )
+from fake_reddit import make_post
 
 PACKAGES = ["certifi", "charset_normalizer", "docopt_ng", "idna", "requests", "urllib3"]
 NEW_ENOUGH = [python for python in find_pythons() if python.version >= (3, 10, 0)]
@@ -155,7 +156,7 @@ def follow_once(
     python: Path, pyz: str | Path, url: str, directory: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `--once` in `directory`, into posts.db."""
-    command = [python, "-W", "error", pyz, "--once", "posts.db", "python"]
+    command = [python, "-X", "dev", "-W", "error", pyz, "--once", "posts.db", "python"]
     return run_bare(*command, cwd=directory, REDPIPE_URL=url, **environment)
 
 
@@ -164,7 +165,7 @@ def following(
     python: Path, pyz: Path, directory: Path, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Follow in `directory`, posts to posts.db, messages to `messages`, until the block ends."""
-    command = [python, pyz, "--interval=1", "posts.db", "python"]
+    command = [python, "-X", "dev", "-W", "error", pyz, "--interval=1", "posts.db", "python"]
     with (directory / "messages").open("wb") as messages:
         process = subprocess.Popen(
             command, cwd=directory, env=bare_environment(**environment), stderr=messages
@@ -317,6 +318,24 @@ def test_it_follows_a_listing(pyz, bare_of, python, server, tmp_path):
     assert stored_titles(tmp_path / "posts.db") == ["First", "Second"]
 
 
+@every_python
+def test_an_import_and_a_look_at_it_leave_nothing_open(pyz, bare_of, python, tmp_path):
+    (tmp_path / "posts.ndjson").write_text(json.dumps(make_post(1)) + "\n")
+    for arguments, status in [
+        (["--from=posts.ndjson", "posts.db"], 0),
+        (["--from=posts.ndjson", "posts.ndjson"], 73),
+        (["--status", "posts.db"], 0),
+        (["--status", "posts.ndjson"], 73),
+        (["--recheck=0", "posts.db"], 78),
+    ]:
+        done = run_bare(
+            bare_of(python.path), "-X", "dev", "-W", "error", pyz, *arguments, cwd=tmp_path
+        )
+        assert done.returncode == status
+        assert all(line.startswith("redpipe: ") for line in done.stderr.splitlines())
+    assert stored_titles(tmp_path / "posts.db") == [make_post(1)["title"]]
+
+
 @pytest.mark.skipif(not TOO_OLD, reason="no Python older than 3.10 was found")
 @pytest.mark.parametrize("python", TOO_OLD, ids=str)
 def test_an_older_python_gets_one_line(pyz, python):
@@ -449,6 +468,7 @@ def test_a_signal_leaves_no_file_behind(pyz, bare_python, server, tmp_path, temp
         process.send_signal(number)
         assert process.wait(5) == -number
     assert list(temporary.iterdir()) == []
+    assert (tmp_path / "messages").read_text() == ""
 
 
 @pytest.mark.parametrize("size", [0, 100_000], ids=["unusable", "full"])
