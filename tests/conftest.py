@@ -18,6 +18,10 @@ from fake_reddit import FakeReddit
 
 pyz, bare_of, bare_python = artefact.pyz, artefact.bare_of, artefact.bare_python  # fixtures
 
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or by & in a script
+        signal.signal(number, lambda *_: None)  # what is started now does not inherit that
+
 
 class Done(NamedTuple):
     """Hold what a finished command leaves."""
