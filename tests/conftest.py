@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,10 @@ pyz, bare_of, bare_python = artefact.pyz, artefact.bare_of, artefact.bare_python
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or by & in a script
         signal.signal(number, lambda *_: None)  # what is started now does not inherit that
+
+
+SOON = 2.0
+"""The seconds within which a process ends that was sent a signal."""
 
 
 class Done(NamedTuple):
@@ -74,11 +79,12 @@ class Redpipe:
         self,
         process: subprocess.Popen[str],
         with_signal: signal.Signals = signal.SIGTERM,
-        timeout: float = 10,
     ) -> Done:
-        """Send a signal to what `start` gave, and wait for its end."""
+        """Send a signal to what `start` gave, and see that it ends soon."""
         process.send_signal(with_signal)
-        out, err = process.communicate(timeout=timeout)
+        seconds = wait_for_end(process.pid)
+        out, err = process.communicate()
+        assert seconds < SOON
         return Done(process.returncode, out, err)
 
     def kill_all(self) -> None:
@@ -97,6 +103,22 @@ def open_terminal() -> tuple[int, int]:
         return pty.openpty()
     except (ImportError, OSError) as exc:
         pytest.skip(f"no pseudo-terminal can be had: {exc}")
+
+
+def wait_for_end(pid: int) -> float:
+    """Wait until a process has ended; give the seconds, less those it waited for a processor."""
+    began, others = time.monotonic(), kept_waiting(pid) + kept_waiting("self")
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    others = kept_waiting(pid) + kept_waiting("self") - others
+    return time.monotonic() - began - others
+
+
+def kept_waiting(pid: int | str) -> float:
+    """Give the seconds for which a process could not run as others had the processors."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text("utf-8").split()[1]) / 1e9
+    except OSError:  # not Linux
+        return 0.0
 
 
 @pytest.fixture(scope="session")

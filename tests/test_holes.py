@@ -29,7 +29,7 @@ from fake_reddit import Budget, FakeReddit, Fault, Post, Reply, error_reply, lis
 from virtual import VirtualClock, fetch_from
 
 SEED = int(os.environ.get("REDPIPE_SEED") or random.SystemRandom().randrange(10**9))
-EXAMPLES = int(os.environ.get("REDPIPE_EXAMPLES") or 120)
+EXAMPLES = int(os.environ.get("REDPIPE_EXAMPLES") or 40)
 ACCESS = pipeline.Access(client_id="app-id", client_secret="app-secret")
 ON_TIME = 4  # seconds; no look-back is shorter, unless the budget is scarce
 MOST_A_SECOND = 5  # for each Arrivals; all of Reddit makes 17

@@ -100,8 +100,5 @@ def test_a_stopped_follower_goes_on_without_losing_or_repeating_a_post(
         fake_reddit.serve_listing_bytes(*half)
         process = redpipe.start("--interval=1", path)
         wait_until_stored(path, len(expected_rows(until_then)))
-        began = time.monotonic()
-        done = redpipe.stop(process)
-        assert (done.status, done.out, done.err) == (-signal.SIGTERM, "", "")
-        assert time.monotonic() - began < 2
+        assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
     assert stored_rows(path) == expected_rows(recorded[-5:])

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from artefact import wait_for
-from conftest import Done, Redpipe, open_terminal
+from conftest import SOON, Done, Redpipe, open_terminal, wait_for_end
 from fake_reddit import HANG, FakeReddit, error_reply, make_post
 
 pytestmark = [
@@ -32,9 +32,6 @@ pytestmark = [
 ]
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-SOON = 2.0
-"""The seconds within which a process must have ended."""
-
 SLOW_INSERTS = """
 CREATE TRIGGER slow BEFORE INSERT ON posts BEGIN SELECT (
     WITH RECURSIVE counted (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counted WHERE n < 20000)
@@ -59,15 +56,6 @@ def add_posts(fake_reddit: FakeReddit, numbers: range) -> None:
     now = int(time.time()) - 2000
     for n in numbers:
         fake_reddit.add(make_post(n, now + n))
-
-
-def end(process: subprocess.Popen[str], number: signal.Signals) -> Done:
-    """Send a signal, and wait no longer than is allowed."""
-    began = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - began < SOON
-    return Done(process.returncode, out, err)
 
 
 def count(database: Path) -> int:
@@ -117,7 +105,7 @@ def test_during_a_request_that_hangs(redpipe, fake_reddit, database, number):
     fake_reddit.script(None, HANG)
     process = redpipe.start("--interval=1", database, "python", "rust")
     wait_for(lambda: len(fake_reddit.requests()) == 2)
-    assert end(process, number) == (-number, "", "")
+    assert redpipe.stop(process, number) == (-number, "", "")
     assert count(database) == 7
     assert left_behind(redpipe) == []
 
@@ -130,7 +118,7 @@ def test_during_a_wait_of_minutes_for_the_budget(redpipe, fake_reddit, database,
     process = redpipe.start("--interval=1", database, "python", "rust")
     wait_for(lambda: len(fake_reddit.requests()) == 2)
     time.sleep(0.1)
-    assert end(process, number) == (-number, "", "")
+    assert redpipe.stop(process, number) == (-number, "", "")
     assert count(database) == 7
     assert left_behind(redpipe) == []
 
@@ -140,7 +128,7 @@ def test_in_the_middle_of_a_walk_back(redpipe, fake_reddit, database):
     fake_reddit.script(None, None, HANG)
     process = redpipe.start("--once", database, "python")
     wait_for(lambda: len(fake_reddit.requests()) == 3)
-    assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "", "")
+    assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGTERM, "", "")
     assert count(database) == 0  # a walk that did not finish stores nothing
     assert redpipe("--once", database, "python") == (0, "", "")
     assert count(database) == 300
@@ -157,7 +145,7 @@ def test_a_transaction_under_way_is_finished(redpipe, fake_reddit, database, num
     process = redpipe.start("--interval=1", database, "python")
     wait_for(lambda: len(fake_reddit.requests()) > asked)
     wait_for(lambda: is_locked(database))
-    assert end(process, number) == (-number, "", "")
+    assert redpipe.stop(process, number) == (-number, "", "")
     assert count(database) == 100
     assert left_behind(redpipe) == []
 
@@ -201,7 +189,7 @@ def test_while_another_program_holds_a_lock(redpipe, fake_reddit, database, lock
     process = redpipe.start("--interval=1", database, "python")
     wait_for(lambda: len(fake_reddit.requests()) > asked)
     time.sleep(0.5)
-    assert end(process, number) == (-number, "", "")
+    assert redpipe.stop(process, number) == (-number, "", "")
     lock.release()
     assert count(database) == 7  # what waits for a lock is dropped
     assert left_behind(redpipe) == []
@@ -211,7 +199,7 @@ def test_while_another_program_holds_a_lock_at_the_start(redpipe, database, lock
     lock.take()
     process = redpipe.start("--once", database, "python")
     time.sleep(0.8)
-    assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "", "")
+    assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGTERM, "", "")
     lock.release()
     assert count(database) == 7
 
@@ -228,7 +216,7 @@ def die_at(redpipe: Redpipe, number: signal.Signals, moment: float, *arguments: 
     if number == signal.SIGINT:
         wait_for(lambda: catches(process, signal.SIGTERM))
     time.sleep(moment)
-    done = end(process, number)
+    done = redpipe.stop(process, number)
     left = left_behind(redpipe)
     for path in left:
         path.unlink()
@@ -266,7 +254,7 @@ def test_at_the_moment_when_the_certificates_are_written(redpipe, fake_reddit, d
         ends = time.monotonic() + 10
         while not left_behind(redpipe) and time.monotonic() < ends:
             pass  # at once, or the moment is over
-        assert end(process, SIGNALS[n % 3]) == (-SIGNALS[n % 3], "", "")
+        assert redpipe.stop(process, SIGNALS[n % 3]) == (-SIGNALS[n % 3], "", "")
         assert left_behind(redpipe) == []
 
 
@@ -293,7 +281,7 @@ def test_in_the_middle_of_a_file(redpipe, database, number):
     process.stdin = None
     wal = Path(f"{database}-wal")
     wait_for(lambda: wal.exists() and wal.stat().st_size > 200_000)
-    assert end(process, number) == (-number, "", "")
+    assert redpipe.stop(process, number) == (-number, "", "")
     writer.join(10)
     assert count(database) >= 500
     assert count(database) % 500 == 0  # whole transactions
@@ -304,7 +292,7 @@ def test_while_a_pipe_gives_nothing(redpipe, database):
     process = redpipe.start("--from=-", database)
     wait_for(lambda: database.exists() and database.stat().st_size > 0)
     time.sleep(0.2)
-    assert end(process, signal.SIGINT) == (-signal.SIGINT, "", "")
+    assert redpipe.stop(process, signal.SIGINT) == (-signal.SIGINT, "", "")
     assert count(database) == 0
 
 
@@ -342,7 +330,7 @@ def test_the_first_of_two_signals_is_the_one_it_dies_of(redpipe, fake_reddit, da
     wait_for(lambda: is_locked(database))
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
-    assert end(process, signal.SIGTERM) == (-signal.SIGINT, "", "")
+    assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGINT, "", "")
     assert count(database) == 100
 
 
@@ -428,7 +416,7 @@ def test_nohup_works(redpipe, fake_reddit, database):
     wait_for(fake_reddit.requests)
     process.send_signal(signal.SIGHUP)
     goes_on(fake_reddit)
-    assert end(process, signal.SIGTERM).status == -signal.SIGTERM
+    assert redpipe.stop(process, signal.SIGTERM).status == -signal.SIGTERM
     assert count(database) == 7
 
 
@@ -442,7 +430,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(redpipe, fake_reddit, databa
     process.send_signal(ignored)
     goes_on(fake_reddit)
     other = signal.SIGTERM if ignored != signal.SIGTERM else signal.SIGINT
-    assert end(process, other) == (-other, "", "")
+    assert redpipe.stop(process, other) == (-other, "", "")
     assert count(database) == 7
 
 
@@ -528,7 +516,8 @@ def test_a_reader_of_messages_that_goes_away_stops_nothing(redpipe, fake_reddit,
     process.stdout.close()
     goes_on(fake_reddit)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(SOON) == -signal.SIGTERM
+    assert wait_for_end(process.pid) < SOON
+    assert process.wait() == -signal.SIGTERM
     assert count(database) == 7
     assert left_behind(redpipe) == []
 
@@ -555,6 +544,12 @@ def on_terminal(
     return process, terminal
 
 
+def ended(process: subprocess.Popen[str]) -> int:
+    """Give the exit status of a process that ends soon."""
+    assert wait_for_end(process.pid) < SOON
+    return process.wait()
+
+
 def drain(terminal: int, until: Callable[[], object]) -> None:
     """Read a terminal, as its window does, until something has happened."""
     os.set_blocking(terminal, False)
@@ -572,7 +567,7 @@ def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, datab
     child, terminal = on_terminal(redpipe, "-v", "--interval=1", database, "python")
     drain(terminal, lambda: holds_posts(database))
     os.close(terminal)
-    assert child.wait(SOON) == -signal.SIGHUP
+    assert ended(child) == -signal.SIGHUP
     assert count(database) == 7
     assert left_behind(redpipe) == []
 
@@ -582,7 +577,7 @@ def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     child, terminal = on_terminal(redpipe, "--interval=1", database, "python")
     drain(terminal, lambda: holds_posts(database))
     os.write(terminal, b"\x03")
-    assert child.wait(SOON) == -signal.SIGINT
+    assert ended(child) == -signal.SIGINT
     os.set_blocking(terminal, True)
     shown = b""
     with suppress(OSError):
@@ -604,7 +599,7 @@ def test_without_its_terminal_it_goes_on_where_sighup_is_ignored(redpipe, fake_r
         goes_on(fake_reddit)
     finally:
         child.terminate()
-        status = child.wait(SOON)
+        status = ended(child)
     assert status == -signal.SIGTERM
     assert count(database) == 7
     assert left_behind(redpipe) == []

@@ -4,7 +4,7 @@ Tokens end and are renewed, windows of the budget change, listings go quiet and 
 machine's clock steps forward and back, requests fail. Meanwhile memory, open files and the
 database's -wal stay flat, and at the end every post is there once.
 
-By default nine virtual days, in some seconds; `./tests/run --long` takes a virtual year, in
+By default six virtual days, in some seconds; `./tests/run --long` takes a virtual year, in
 about five minutes.
 """
 
@@ -248,7 +248,7 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @needs_proc
 def test_virtual_days_leave_memory_and_files_flat(tmp_path):
-    check(soak_for(9, tmp_path), 9, most_blocks=2500)
+    check(soak_for(6, tmp_path), 6, most_blocks=2500)
 
 
 @needs_proc

@@ -272,9 +272,7 @@ def test_a_signal_is_heard_while_posts_are_counted(redpipe, database):
     many_posts(database, 100_000)
     process = redpipe.start("--status", database)
     wait_for(lambda: Path(f"{database}-shm").exists())
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=2)
-    assert (process.returncode, out, err) == (-signal.SIGTERM, "", "")
+    assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
 
 
 def test_it_locks_nothing(redpipe, database):

@@ -308,7 +308,7 @@ def test_a_storm_of_10_000_requests_changes_nothing(source, tmp_path, caplog):
 
 
 def test_a_storm_over_a_real_connection_changes_nothing(tmp_path, caplog):
-    compare(tmp_path, caplog, 300, kinds=WEATHER.keys() - SLOW, real=True)
+    compare(tmp_path, caplog, 150, kinds=WEATHER.keys() - SLOW, real=True)
 
 
 QUICK = ("408", "500 JSON", "502", "nothing", "half", "refuse", "reset")
