@@ -367,7 +367,7 @@ def test_one_that_is_lost_stops_a_follower_that_sleeps(redpipe, fake_reddit, dat
     process = start_to_lose_one(redpipe, number, "--interval=1", database, "python")
     wait_for(fake_reddit.requests)
     time.sleep(0.1)
-    assert end(process, signal.SIGUSR1) == (-number, "", "")
+    assert redpipe.stop(process, signal.SIGUSR1) == (-number, "", "")
     assert count(database) == 0
     assert left_behind(redpipe) == []
 
@@ -377,7 +377,7 @@ def test_one_that_is_lost_stops_an_import_that_waits_for_a_pipe(redpipe, databas
     wait_for(lambda: database.exists() and database.stat().st_size > 0)
     time.sleep(0.2)
     process.stdin, pipe = None, process.stdin
-    assert end(process, signal.SIGUSR1) == (-signal.SIGINT, "", "")
+    assert redpipe.stop(process, signal.SIGUSR1) == (-signal.SIGINT, "", "")
     assert count(database) == 0
     pipe.close()
 
