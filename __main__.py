@@ -444,7 +444,7 @@ class Run:
             return "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased".format_map(counts)
 
         with self.open_database() as database:
-            asker = pipeline.Asker(reddit, once=True, chance=random.random, modest=True)
+            asker = pipeline.ModestAsker(reddit, once=True, chance=random.random)
             what = f"rechecking {names} {source_of(reddit.access)}"
             with self.told(what, line, result, lambda: standing(reddit)):
                 for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):

@@ -601,10 +601,6 @@ class Window(NamedTuple):
         """Return how many requests may follow without waiting."""
         return max(0, int(self.current(now).remaining))
 
-    def most(self, _: float) -> int:
-        """Return how many requests may ever follow at once."""
-        return int(self.total)
-
     def rate(self, now: float) -> float:
         """Return the requests a second that the rest of the window carries, one at least."""
         current = self.current(now)
@@ -612,13 +608,13 @@ class Window(NamedTuple):
 
 
 class Assumed(NamedTuple):
-    """A budget while none is told: `per_minute` requests in any 60 s, halved by each 429.
+    """A budget while none is told: so many requests in any 60 s, halved by each 429.
 
     `sent`: when the last requests went out. The least is one request in about 100 s; one
     halving is taken back an hour after the last, and so on.
     """
 
-    per_minute: int
+    total: int
     sent: tuple[float, ...] = ()
     halvings: int = 0
     halved_at: float = 0.0
@@ -630,11 +626,11 @@ class Assumed(NamedTuple):
     def quota(self, now: float) -> tuple[int, float]:
         """Return how many requests may go out within how many seconds."""
         factor = 2 ** self.in_force(now)
-        burst = max(1, self.per_minute // factor)
-        return burst, burst * factor * 60.0 / self.per_minute
+        burst = max(1, self.total // factor)
+        return burst, burst * factor * 60.0 / self.total
 
     def spend(self, now: float) -> Assumed:
-        return self._replace(sent=(*self.sent, now)[-self.per_minute :])
+        return self._replace(sent=(*self.sent, now)[-self.total :])
 
     def wait(self, requests: int, now: float) -> float:
         """Return the seconds until so many requests, or a whole quota, may follow at once."""
@@ -648,16 +644,13 @@ class Assumed(NamedTuple):
         burst, seconds = self.quota(now)
         return max(0, burst - sum(at + seconds > now for at in self.sent))
 
-    def most(self, now: float) -> int:
-        return self.quota(now)[0]
-
     def rate(self, now: float) -> float:
         burst, seconds = self.quota(now)
         return burst / seconds
 
     def halve(self, now: float) -> Assumed:
         """Assume half as much from now on."""
-        most = int(math.log2(self.per_minute)) + 1
+        most = int(math.log2(self.total)) + 1
         return self._replace(halvings=min(most, self.in_force(now) + 1), halved_at=now)
 
 
@@ -1139,22 +1132,21 @@ def backoff(failures: int, rate: float, chance: float) -> float:
 class Asker:
     """Asks until there is an answer: waits for the budget, and after failures.
 
-    With `once` its patience ends; then `exhausted` says why. A `modest` one leaves half of
-    every window to others, and waits for it as long as a window may be.
+    With `once` its patience ends; then `exhausted` says why. `spare`: the part of every
+    window that it leaves to others.
     """
 
-    def __init__(
-        self, reddit: Reddit, *, once: bool, chance: Callable[[], float], modest: bool = False
-    ) -> None:
+    spare = 0.0
+    budget_patience = BUDGET_PATIENCE
+
+    def __init__(self, reddit: Reddit, *, once: bool, chance: Callable[[], float]) -> None:
         self.reddit = reddit
         self.clock = reddit.clock
         self.once = once
-        self.modest = modest
         self.chance = chance
         self.answered = False  # ever
         self.outage_told = False  # since the last answer
         self.gives_up_at = self.clock.monotonic() + PATIENCE
-        self.budget_patience = MODEST_PATIENCE if modest else BUDGET_PATIENCE
         self.waited = 0.0  # seconds, for the budget
         self.exhausted = ""
 
@@ -1165,8 +1157,7 @@ class Asker:
         """
         failures = 0
         while True:
-            half = -(-self.reddit.budget.known.most(self.clock.monotonic()) // 2)
-            self.await_budget(half + 1 if self.modest else 1)  # half is left when it went out
+            self.await_budget(1 + math.ceil(self.spare * self.reddit.budget.known.total))
             self.reddit.doing = Doing(what)
             try:
                 answer = ask()
@@ -1429,6 +1420,13 @@ TAKEN_DOWN = (
     *("anti_evil_ops", "community_ops"),
 )
 HIDDEN = ("[removed]", "[deleted]")  # what Reddit shows in the place of a text
+
+
+class ModestAsker(Asker):
+    """Leaves half of every window to others, and waits for the next as long as one may be."""
+
+    spare = 0.5
+    budget_patience = MODEST_PATIENCE
 
 
 def recheck(

@@ -43,7 +43,7 @@ from fake_reddit import (
     reply,
     thing,
 )
-from pipeline import COLUMNS, Access, Asker, Database, Reddit, load, parse_fields, transform
+from pipeline import COLUMNS, Access, Database, ModestAsker, Reddit, load, parse_fields, transform
 from virtual import Ended, SharedClock, VirtualClock, fetch_from
 
 APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
@@ -95,7 +95,7 @@ class World:
         fields = parse_fields(self.specs if specs is None else specs)
         access = Access("", "app-id", "app-secret")
         reddit = Reddit(access, fetch_from(self.reddit, self.clock), self.clock)
-        asker = Asker(reddit, once=True, chance=lambda: 0.5, modest=True)
+        asker = ModestAsker(reddit, once=True, chance=lambda: 0.5)
         counts: Counter[str] = Counter()
         with Database(self.path, fields, self.clock) as database:
             for part in pipeline.recheck(asker, database, names, fields, hours):
@@ -1443,7 +1443,7 @@ class Day:
         while True:
             self.clock.sleep(self.every)
             began = self.clock.now
-            asker = Asker(self.source(), once=True, chance=lambda: 0.5, modest=True)
+            asker = ModestAsker(self.source(), once=True, chance=lambda: 0.5)
             with Database(self.path, clock=self.clock) as database:
                 for _ in pipeline.recheck(asker, database, [], [], 0.0):
                     pass
