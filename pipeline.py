@@ -1218,8 +1218,7 @@ class Listing:
         self.name = name
         self.rate = rate if cursor else 1.0  # posts a second; a new name may be that busy
         self.begun_at = self.ready_at = clock.monotonic() - max(0.0, clock.time() - polled_utc)
-        self.pages = 1
-        self.asked = 0
+        self.pages, self.asked = 1, 0
         self.lags: deque[float] = deque(maxlen=10_000)
         self.is_new = cursor is None
         self.empty = cursor is None or cursor.since_utc == cursor.newest_utc  # never had a post
@@ -1253,9 +1252,8 @@ class Follower:
             if ready:
                 return max(ready, key=lambda one: urgency(one.rate, now - one.begun_at))
             due = min(map(self._due, self.listings))
-            self.asker.sleep(
-                due - now, "Reddit's budget" if due == self.paid_until else "next poll"
-            )
+            what = "Reddit's budget" if due == self.paid_until else "next poll"
+            self.asker.sleep(due - now, what)
         return None
 
     def _due(self, listing: Listing) -> float:
