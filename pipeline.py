@@ -417,7 +417,8 @@ def read_value(body: bytes, source: str, utc: float) -> Page | dict[str, Any] | 
 def kind_of(answer: Answer, source: str, value: Page | dict[str, Any] | None) -> str:
     """Return what came, as RULES have it.
 
-    A fault passes whatever was asked; a denial is an error in words instead of a token.
+    A listing, a token, a denial (an error in words instead of a token), another JSON object,
+    a fault (it passes, whatever was asked), a login page, the search for subreddits, or other.
     """
     status, where = answer.status, url_path(answer.headers.get("location", ""))
     broken = status == 200 and value is None and answer.body.lstrip()[:1] in (b"", b"{")
