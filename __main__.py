@@ -349,13 +349,14 @@ class Progress:
         self.gaps += len(batch.gaps)
         for cursor in batch.cursors:
             self.newest = max(self.newest, cursor.newest_utc)
-            self.recent += tuple(row["created_utc"] or 0 for row in rows)
+            times = (*self.recent, *(row["created_utc"] or 0 for row in rows))
+            self.recent = tuple(at for at in times if at > time.time() - 300)
 
     def line(self) -> str:
         now, seen = time.time(), ""
         if self.newest:
-            self.recent = tuple(at for at in self.recent if at > now - 300)
-            seen = f", {len(self.recent) / 5:,.1f}/min, newest {duration(now - self.newest)} ago"
+            rate = sum(at > now - 300 for at in self.recent) / 5
+            seen = f", {rate:,.1f}/min, newest {duration(now - self.newest)} ago"
         return f"{counted(self.stored, 'post')} stored{seen}"
 
     def result(self) -> str:
@@ -391,7 +392,7 @@ def bar(posts: "Mapping[int, int]", covered: "set[int]", gaps: "set[int]", today
     """Draw the posts of the last 14 days, today's last, by the day that had most."""
     days = range(today - 13, today + 1)
     most = max(1, *(posts.get(day, 0) for day in days))
-    levels = {day: "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)] for day in covered}
+    levels = {day: "▁▂▃▄▅▆▇█"[-(-7 * posts.get(day, 0) // most)] for day in covered & {*days}}
     return "".join("!" if day in gaps else levels.get(day, "·") for day in days)
 
 

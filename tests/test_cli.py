@@ -780,6 +780,16 @@ def test_a_catch_up_is_no_rate_of_posting(redpipe, fake_reddit, terminal):
     assert 11.0 <= float(rate[1]) <= 12.0  # one in five seconds
 
 
+def test_what_the_line_remembers_does_not_grow_while_nobody_looks(program):
+    progress, now = program.Progress(), int(time.time())
+    for n in range(1000):
+        cursor = pipeline.Cursor("python", 0, now - 2000 + n, now)
+        progress.add(1, [{"created_utc": cursor.newest_utc}], pipeline.Batch([], [cursor]))
+    assert len(progress.recent) == 0
+    progress.add(1, [{"created_utc": now - 5}], pipeline.Batch([], [cursor]))
+    assert progress.line().startswith("1,001 posts stored, 0.2/min, newest 16 min ago")
+
+
 def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, terminal):
     add_posts(fake_reddit, range(3))
     process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)

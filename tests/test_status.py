@@ -105,6 +105,16 @@ def test_it_is_at_most_100_columns_wide_and_cuts_names_only(program, database):
     )
 
 
+@pytest.mark.parametrize("since", [0, 1])
+def test_what_was_posted_before_the_last_14_days_is_not_drawn(program, database, since):
+    now = TODAY + DAY // 2
+    fill(database, [("python", TODAY - 40 * DAY, 30), ("python", TODAY, 1)], [])
+    if since:
+        fill(database, [], [Cursor("python", since, now, now)])
+    (_, line) = table(program, database, ["python"], now)
+    assert line.endswith("▁▁▁▁▁▁▁▁▁▁▁▁▁█" if since else "  ··············")
+
+
 # The command
 
 
