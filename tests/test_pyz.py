@@ -96,6 +96,21 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
+LEAVE_A_FILE_OPEN = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "pipeline":
+            sys.meta_path.remove(self)
+            file = open(os.devnull)
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):
+                pass
+sys.meta_path.insert(0, Finder())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 READ_METADATA = """
 import json, sys
 from importlib.metadata import version
@@ -469,6 +484,12 @@ def test_a_signal_leaves_no_file_behind(pyz, bare_python, server, tmp_path, temp
         assert process.wait(5) == -number
     assert list(temporary.iterdir()) == []
     assert (tmp_path / "messages").read_text() == ""
+
+
+def test_what_a_signal_leaves_open_is_not_talked_of(pyz, bare_python, server, tmp_path):
+    command = ["-X", "dev", "-W", "error", "-c", LEAVE_A_FILE_OPEN, pyz, "--once", "posts.db"]
+    done = run_bare(bare_python, *command, cwd=tmp_path, REDPIPE_URL=server.url)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
 
 
 @pytest.mark.parametrize("size", [0, 100_000], ids=["unusable", "full"])
