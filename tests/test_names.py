@@ -19,6 +19,7 @@ WRONG = {
     "banned": "r/closed cannot be read: banned (404)",
     "mistyped": "r/closed does not exist",
 }
+OPEN: list[Database] = []
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ class Follower:
     def __init__(self, world, path, *names, once=False, interval=25.0):
         self.clock = world.clock
         self.database = Database(str(path), clock=self.clock)
+        OPEN.append(self.database)
         access = Access("", "app-id", "app-secret")
         reddit = Reddit(access, fetch_from(world, self.clock), self.clock)
         self.batches = stream(reddit, names, self.database, once=once, interval=interval)
@@ -66,6 +68,13 @@ class Follower:
         """Give the ids stored, without what all invented ids begin with."""
         rows = self.database.execute("SELECT id FROM posts ORDER BY id")
         return " ".join(row[0].removeprefix("1tq000") for row in rows)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    yield
+    while OPEN:
+        OPEN.pop().__exit__()
 
 
 def paths(world):
