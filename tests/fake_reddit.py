@@ -801,8 +801,9 @@ class FakeReddit:
         names = query.get("id", "").split(",")
         if len(names) > self.most_ids:
             return error_reply(400, "Bad Request", reason="TOO_MANY_THING_IDS")
-        posts = [self.posts.get(name.removeprefix("t3_")) for name in names]
-        return reply(200, listing([thing(post) for post in posts if post]))
+        known = [self.posts[name[3:]] for name in dict.fromkeys(names) if self._known(name)]
+        body = listing(map(thing, known))
+        return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
 
     def _refusal(self, why: str) -> Reply:
         """Refuse a subreddit the way its state asks for."""

@@ -359,6 +359,56 @@ def test_other_paths_are_404(reddit, path):
 # -- the feed
 
 
+# -- posts by their fullnames
+
+
+def info(reddit, *names, **query):
+    """Ask for posts; return the status, and the data of each by its id."""
+    status, _, body = get(
+        reddit, "/api/info", bearer(reddit), id=",".join(names), raw_json="1", **query
+    )
+    children = json.loads(body)["data"]["children"] if status == 200 else []
+    return status, {child["data"]["id"]: child["data"] for child in children}
+
+
+def test_posts_are_given_by_their_fullnames_and_unknown_ones_left_out(reddit):
+    first, second = fill(reddit, 2)
+    status, found = info(reddit, f"t3_{first}", "t3_zzz", f"t3_{second}", f"t1_{first}", first, "")
+    assert (status, list(found)) == (200, [first, second])
+    assert found[first] == reddit.posts[first]
+    assert get(reddit, "/api/info", id=f"t3_{first}")[0] == 401
+
+
+def test_more_than_100_posts_at_once_are_too_many(reddit):
+    names = [f"t3_{one}" for one in fill(reddit, 101)]
+    assert info(reddit, *names)[0] == 400
+    assert len(info(reddit, *names[:100])[1]) == 100
+
+
+def test_posts_come_escaped_without_raw_json(reddit):
+    reddit.add(make_post(1, title="<&>"))
+    name = f"t3_{next(iter(reddit.posts))}"
+    _, _, body = get(reddit, "/api/info", bearer(reddit), id=name)
+    assert b"&lt;&amp;&gt;" in body
+
+
+def test_a_post_that_is_gone_is_not_listed_and_asked_for_shows_less(reddit):
+    deleted, removed, nameless, purged = fill(reddit, 4)
+    reddit.take_down(deleted)
+    reddit.take_down(removed, "moderator")
+    reddit.forget_author(nameless)
+    reddit.purge(purged)
+    assert page(reddit)[0] == [nameless]
+    _, found = info(reddit, *(f"t3_{one}" for one in (deleted, removed, nameless, purged)))
+    keys = ("removed_by_category", "selftext", "author")
+    assert {one: [post[key] for key in keys] for one, post in found.items()} == {
+        deleted: ["deleted", "[deleted]", "[deleted]"],
+        removed: ["moderator", "[removed]", "invented_3"],
+        nameless: [None, "Nobody wrote text 2.", "[deleted]"],
+    }
+    assert ["author_fullname" in post for post in found.values()] == [False, True, False]
+
+
 def test_the_feed_says_what_reddits_says(reddit):
     fill(reddit, 1)
     reddit.add(make_post(2, START + 2, title='<&> "quoted"', author="[deleted]"))
