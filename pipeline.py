@@ -1452,7 +1452,7 @@ def recheck(
                 complete = False
                 if asker.exhausted:
                     left = sum(1 for _ in database.due(before, names))
-                    what = f"{left:,} posts could not be asked about, and are next time"
+                    what = f"{left:,} post(s) could not be asked about, and are next time"
                     raise Failed(f"{what}: {exc}") from exc
         if complete:
             return

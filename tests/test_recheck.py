@@ -395,7 +395,7 @@ def test_that_more_than_half_are_gone_for_good_is_said(world):
     with pytest.raises(pipeline.Failed) as caught:
         world.recheck()
     assert str(caught.value) == (
-        "10 posts could not be asked about, and are next time:"
+        "10 post(s) could not be asked about, and are next time:"
         " an answer that tells of 4 of 10 posts"
     )
     assert world.rows("count(title), count(checked_utc)") == [(10, 0)]
@@ -1109,7 +1109,7 @@ def test_what_fails_for_ever_lets_the_others_go_on_and_is_told(world):
     with pytest.raises(pipeline.Failed) as caught:
         world.recheck()
     assert str(caught.value) == (
-        "100 posts could not be asked about, and are next time:"
+        "100 post(s) could not be asked about, and are next time:"
         " HTTP 503 (empty) instead of a listing"
     )
     assert caught.value.exit_status == 75
@@ -1152,7 +1152,7 @@ def test_a_reddit_that_is_away_is_given_up_after_two_minutes(world, posts, answe
     world.reddit.faults = lambda method, path, query: answer
     with pytest.raises(pipeline.Failed) as caught:
         world.recheck()
-    assert str(caught.value).startswith(f"{posts:,} posts could not be asked about, and are next")
+    assert str(caught.value).startswith(f"{posts:,} post(s) could not be asked about, and are next")
     assert 120 <= world.clock.elapsed <= 120 + 11
     assert caught.value.exit_status == 75
 
