@@ -1360,12 +1360,12 @@ def test_a_follower_beside_it_on_the_same_app_never_gets_a_429(redpipe, fake_red
     fake_reddit.budgets["oauth"] = Budget(total=40, window=10)
     follower = redpipe.start("--interval=1", database, "python", **APP)
     recheck = redpipe.start("--recheck=1", database, **APP)
-    time.sleep(25)
+    time.sleep(15)
     assert redpipe.stop(recheck).err == ""
     assert redpipe.stop(follower).err == ""
     assert {seen.status for seen in fake_reddit.log} == {200}
-    assert len(fake_reddit.requests("/api/info")) > 30
-    assert len(fake_reddit.requests("/new")) > 15
+    assert len(fake_reddit.requests("/api/info")) > 20
+    assert len(fake_reddit.requests("/new")) > 5
 
 
 # --- many posts
@@ -1378,15 +1378,16 @@ def many_posts(path, count):
             load(database, map(transform, posts))
 
 
-def test_a_pass_over_many_posts_is_quick_and_holds_few_of_them(redpipe, database):
-    many_posts(database, 60_000)
+def test_a_pass_over_many_posts_is_quick_and_holds_few_of_them(world):
+    many_posts(world.path, 60_000)
     seconds = []
-    for _ in range(3):  # the best of them: others use this machine, too
-        began = time.monotonic()
-        assert redpipe("--recheck=24", database, **APP) == (0, "", "")
-        seconds.append(time.monotonic() - began)
-    assert min(seconds) < 2
-    with Database(str(database)) as opened:
+    for _ in range(3):  # of the processor: others use this machine, too
+        began = time.process_time()
+        world.clock.set(time.time())
+        assert world.recheck(24) == {"due": 0}
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 2 * 60_000 / 1_000_000  # a million in two seconds
+    with Database(world.path) as opened:
         tracemalloc.start()
         try:
             assert sum(1 for _ in opened.due(2**40, [])) == 60_000
@@ -1473,7 +1474,7 @@ class Day:
 
 @pytest.mark.parametrize(
     ("hours", "every"),
-    [(3, 0.7), pytest.param(24.9, 6, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
+    [(2, 0.45), pytest.param(24.9, 6, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
 )
 def test_a_recheck_beside_a_follower_leaves_nothing_that_was_deleted_before_it(
     database, hours, every
