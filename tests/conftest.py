@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import re
 import signal
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 import artefact
-from fake_reddit import FakeReddit
+from fake_reddit import FakeReddit, make_post
 
 pyz, bare_of, bare_python = artefact.pyz, artefact.bare_of, artefact.bare_python  # fixtures
 
@@ -24,6 +28,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # what is started now does not inherit that
 
 
+APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
+"""Credentials that a FakeReddit knows. Without, polls are six seconds apart at first."""
 SOON = 2.0
 """The seconds within which a process ends that was sent a signal."""
 
@@ -75,6 +81,23 @@ class Redpipe:
         self.started.append(process)
         return process
 
+    def start_through(self, *words: object, **more: Any) -> subprocess.Popen[str]:
+        """Start redpipe by another command, or with streams of its own."""
+        process = subprocess.Popen(
+            list(map(str, words)),
+            cwd=self.directory,
+            env=self.environment,
+            **{
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+                **more,
+            },
+        )
+        self.started.append(process)
+        return process
+
     def stop(
         self,
         process: subprocess.Popen[str],
@@ -83,7 +106,7 @@ class Redpipe:
         """Send a signal to what `start` gave, and see that it ends soon."""
         process.send_signal(with_signal)
         seconds = wait_for_end(process.pid)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=10)
         assert seconds < SOON
         return Done(process.returncode, out, err)
 
@@ -105,6 +128,47 @@ def open_terminal() -> tuple[int, int]:
         pytest.skip(f"no pseudo-terminal can be had: {exc}")
 
 
+def one_line(message: str) -> bool:
+    """Tell whether it is one of redpipe's messages, and no more."""
+    return bool(re.fullmatch(r"redpipe: [^\n]+\n", message))
+
+
+def says(done: Done, status: int, *words: object) -> bool:
+    """Tell whether a run ended with a status and one line that holds the words."""
+    assert (done.status, done.out) == (status, "")
+    assert one_line(done.err)
+    assert [word for word in words if str(word) not in done.err] == []
+    return True
+
+
+def add_posts(
+    reddit: FakeReddit, numbers: Iterable[int], subreddit: str = "python", **fields: Any
+) -> list[str]:
+    """List posts that are a second apart, the oldest half an hour old; give their ids."""
+    now = int(time.time()) - 2000
+    return [reddit.add(make_post(n, now + n, subreddit, **fields))["id"] for n in numbers]
+
+
+def query(database: Path, sql: str) -> list[Any]:
+    """Give the rows that a statement finds."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def stored(database: Path) -> list[str]:
+    """Give the ids in a database that must be sound, oldest first."""
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    return [i for (i,) in query(database, "SELECT id FROM posts ORDER BY created_utc, id")]
+
+
+def count_posts(database: Path) -> int:
+    """Count the posts in a database that may still have to be made."""
+    with suppress(sqlite3.OperationalError):
+        if database.exists():
+            return int(query(database, "SELECT count(*) FROM posts")[0][0])
+    return 0
+
+
 def wait_for_end(pid: int) -> float:
     """Wait until a process has ended; give the seconds, less those it waited for a processor."""
     began, others = time.monotonic(), kept_waiting(pid) + kept_waiting("self")
@@ -113,10 +177,13 @@ def wait_for_end(pid: int) -> float:
     return time.monotonic() - began - others
 
 
-def kept_waiting(pid: int | str) -> float:
-    """Give the seconds for which a process could not run as others had the processors."""
+def kept_waiting(who: int | str) -> float:
+    """Give the seconds for which a process, or thread, could not run: others had the processors.
+
+    who: a process id, or `self` or `thread-self`.
+    """
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text("utf-8").split()[1]) / 1e9
+        return int(Path(f"/proc/{who}/schedstat").read_text("utf-8").split()[1]) / 1e9
     except OSError:  # not Linux
         return 0.0
 
@@ -147,6 +214,26 @@ def redpipe(
     redpipe = Redpipe(pyz, bare_python, fake_reddit.url, tmp_path)
     yield redpipe
     redpipe.kill_all()
+
+
+@pytest.fixture
+def app(redpipe: Redpipe) -> None:
+    """Give every run an app's credentials."""
+    redpipe.environment |= APP
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """Name a database that is not there yet."""
+    return tmp_path / "posts.db"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
+    drawn = int(os.environ.get("REDPIPE_SEED") or random.SystemRandom().randrange(10**9))
+    print(f"REDPIPE_SEED={drawn}")
+    return drawn
 
 
 @pytest.fixture(scope="session")
