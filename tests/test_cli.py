@@ -16,18 +16,25 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 import pipeline
 from artefact import wait_for
-from conftest import Done, Redpipe, open_terminal
-from fake_reddit import HANG, FakeReddit, json_reply, make_post, reply
-from virtual import VirtualClock
+from conftest import (
+    APP,
+    Done,
+    Redpipe,
+    add_posts,
+    count_posts,
+    one_line,
+    open_terminal,
+    query,
+    stored,
+)
+from fake_reddit import HANG, json_reply, make_post, reply
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,9 +42,6 @@ Main = Callable[..., Done]
 
 
 # Without credentials polls are six seconds apart at first.
-APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
-
-
 @contextmanager
 def process_state_kept() -> Iterator[None]:
     """Give back what `main` takes over for good: signals, the logger, the environment."""
@@ -68,24 +72,6 @@ def main(program: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path)
         return Done(status, *capfd.readouterr())
 
     return call
-
-
-def query(database: Path, sql: str) -> list[Any]:
-    with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def stored_ids(database: Path) -> list[str]:
-    return [i for (i,) in query(database, "SELECT id FROM posts ORDER BY id")]
-
-
-def one_line(message: str) -> bool:
-    return bool(re.fullmatch(r"redpipe: [^\n]+\n", message))
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "posts.db"
 
 
 # Arguments
@@ -224,7 +210,7 @@ def test_a_database_after_the_subreddits_is_told_where_it_belongs(main, tmp_path
 def test_two_dashes_end_the_options(redpipe, fake_reddit, database, arguments):
     ids = add_posts(fake_reddit, range(3))
     assert redpipe("--once", *arguments) == (0, "", "")
-    assert stored_ids(database) == sorted(ids)
+    assert stored(database) == sorted(ids)
 
 
 def test_an_unknown_option_is_named(main, database):
@@ -332,21 +318,8 @@ def test_the_user_agent_names_platform_version_and_user(redpipe, fake_reddit, pr
 def follow_until(redpipe: Redpipe, database: Path, count: int, *names: str) -> Done:
     """Follow until so many posts are stored, then stop."""
     process = redpipe.start("--interval=1", database, *names, **APP)
-    wait_for(lambda: database.exists() and database.stat().st_size and counted(database) >= count)
+    wait_for(lambda: count_posts(database) >= count)
     return redpipe.stop(process)
-
-
-def counted(database: Path) -> int:
-    """Count the posts; none while there is no table yet."""
-    try:
-        return int(query(database, "SELECT count(*) FROM posts")[0][0])
-    except sqlite3.OperationalError:
-        return 0
-
-
-def add_posts(fake_reddit: FakeReddit, numbers: range, subreddit: str = "python") -> list[str]:
-    now = int(time.time()) - 1000
-    return [fake_reddit.add(make_post(n, now + n, subreddit))["id"] for n in numbers]
 
 
 def test_a_second_start_goes_on_without_duplicates(redpipe, fake_reddit, database):
@@ -355,26 +328,18 @@ def test_a_second_start_goes_on_without_duplicates(redpipe, fake_reddit, databas
     times = query(database, "SELECT id, stored_utc FROM posts ORDER BY id")
     second = add_posts(fake_reddit, range(150, 200))
     assert follow_until(redpipe, database, 200, "python") == (-signal.SIGTERM, "", "")
-    assert stored_ids(database) == sorted(first + second)
+    assert stored(database) == sorted(first + second)
     again = query(database, "SELECT id, stored_utc FROM posts ORDER BY id")
     assert [row for row in again if row[0] in first] == times
-
-
-def test_single_runs_go_on_too_and_find_nothing_twice(redpipe, fake_reddit, database):
-    expected = []
-    for start in (0, 120, 120):
-        expected += add_posts(fake_reddit, range(start, 120 if start == 0 else 130))
-        assert redpipe("--once", database, "python") == (0, "", "")
-        assert stored_ids(database) == sorted(set(expected))
 
 
 def test_other_subreddits_are_added_to_the_same_database(redpipe, fake_reddit, database):
     python = add_posts(fake_reddit, range(5))
     rust = add_posts(fake_reddit, range(5, 9), "rust")
     assert redpipe("--once", database, "python").status == 0
-    assert stored_ids(database) == sorted(python)
+    assert stored(database) == sorted(python)
     assert redpipe("--once", database, "python", "rust").status == 0
-    assert stored_ids(database) == sorted(python + rust)
+    assert stored(database) == sorted(python + rust)
     names = query(database, "SELECT subreddit FROM cursors ORDER BY subreddit")
     assert names == [("python",), ("rust",)]
 
@@ -383,52 +348,17 @@ def test_a_path_that_is_no_utf_8_is_a_path(redpipe, fake_reddit, tmp_path):
     ids = add_posts(fake_reddit, range(3))
     odd = os.fsdecode(b"caf\xe9 ?#%.db")
     assert redpipe("--once", odd, "python") == (0, "", "")
-    assert stored_ids(tmp_path / odd) == sorted(ids)
+    assert stored(tmp_path / odd) == sorted(ids)
 
 
 @pytest.mark.parametrize("name", [":memory:", "file:posts.db?mode=memory"])
 def test_a_database_is_always_a_file(redpipe, fake_reddit, tmp_path, name):
     ids = add_posts(fake_reddit, range(3))
     assert redpipe("--once", name, "python") == (0, "", "")
-    assert stored_ids(tmp_path / name) == sorted(ids)
+    assert stored(tmp_path / name) == sorted(ids)
 
 
 # Exit statuses: Reddit
-
-
-@pytest.mark.parametrize("why", ["private", "banned", "quarantined", "missing"])
-def test_a_subreddit_that_cannot_be_read_ends_with_69(redpipe, fake_reddit, why):
-    if why != "missing":
-        fake_reddit.refuse("secret_place", why)
-    done = redpipe("posts.db", "secret_place")
-    assert done.status == 69
-    assert one_line(done.err)
-    assert "r/secret_place" in done.err
-    assert ("does not exist" if why == "missing" else why) in done.err
-
-
-def test_the_others_are_stored_before_a_single_run_ends_with_69(redpipe, fake_reddit, database):
-    ids = add_posts(fake_reddit, range(5))
-    done = redpipe("--once", database, "python", "missing_place")
-    assert done.status == 69
-    assert one_line(done.err)
-    assert stored_ids(database) == sorted(ids)
-
-
-def test_wrong_credentials_end_with_77(redpipe, fake_reddit):
-    fake_reddit.create("python")
-    wrong = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "wrong"}
-    done = redpipe("posts.db", "python", **wrong)
-    assert done.status == 77
-    assert one_line(done.err)
-    assert "credentials" in done.err
-
-
-def test_a_blocked_address_ends_with_77(redpipe, fake_reddit):
-    fake_reddit.anonymous_json_blocked = fake_reddit.feed_blocked = True
-    done = redpipe("posts.db", "python")
-    assert done.status == 77
-    assert one_line(done.err)
 
 
 def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, fake_reddit):
@@ -453,47 +383,6 @@ def test_quiet_does_not_say_what_passes(redpipe, fake_reddit):
 
 def test_quiet_says_errors(redpipe, fake_reddit):
     assert one_line(redpipe("--quiet", "--once", "posts.db", "missing_place").err)
-
-
-class NoNetwork:
-    """A fetch that fails after a second, and remembers when."""
-
-    def __init__(self, clock: VirtualClock, error: pipeline.RedpipeError) -> None:
-        self.clock = clock
-        self.error = error
-        self.tries: list[float] = []
-
-    def __call__(self, request: pipeline.Request) -> pipeline.Answer:
-        self.tries.append(self.clock.monotonic())
-        self.clock.advance(1)
-        raise self.error
-
-
-def give_up(access: pipeline.Access, fetch: NoNetwork, path: Path) -> pipeline.Failed:
-    """Run once until the patience ends, on the virtual clock."""
-    reddit = pipeline.Reddit(access, fetch, fetch.clock)
-    with (
-        pipeline.Database(str(path), clock=fetch.clock) as memory,
-        pytest.raises(pipeline.Failed) as failed,
-    ):
-        list(pipeline.stream(reddit, ["python"], memory, once=True, chance=lambda: 0.5))
-    return failed.value
-
-
-def test_a_single_run_has_two_minutes_of_patience_and_tries_at_their_end(database):
-    fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
-    failed = give_up(pipeline.Access(client_id="app-id"), fetch, database)
-    assert (str(failed), failed.exit_status) == ("r/python: no route to host", 75)
-    assert fetch.tries[-1] == pytest.approx(120, abs=0.01)
-    assert max(b - a for a, b in pairwise(fetch.tries)) <= 60
-    assert query(database, "SELECT count(*) FROM cursors") == [(0,)]
-
-
-def test_waiting_for_the_budget_is_no_failure_but_ends_too(database):
-    fetch = NoNetwork(VirtualClock(), pipeline.Failed("no route to host"))
-    assert str(give_up(pipeline.Access(), fetch, database)) == "r/python: no route to host"
-    assert all(b - a >= 60 for a, b in zip(fetch.tries, fetch.tries[10:], strict=False))
-    assert 120 <= fetch.tries[-1] <= 600
 
 
 # Exit statuses: the database
@@ -575,7 +464,7 @@ def test_a_restored_dump_is_told_the_line_that_brings_it_back(redpipe, fake_redd
         connection.execute(line)
     ids += add_posts(fake_reddit, range(5, 8))
     assert redpipe("--once", database, "python") == (0, "", "")
-    assert stored_ids(database) == sorted(ids)
+    assert stored(database) == sorted(ids)
     assert query(database, "PRAGMA user_version") != [(0,)]
     assert query(database, "SELECT gaps FROM coverage") == [(0,)]
 
@@ -608,7 +497,7 @@ def test_a_database_that_others_have_open_stays(database):
         ours.__exit__(pipeline.Gone)
         other.execute("INSERT INTO posts (id) VALUES ('a1')")
         other.commit()
-    assert stored_ids(database) == ["a1"]
+    assert stored(database) == ["a1"]
 
 
 def test_a_missing_folder_is_named(redpipe, tmp_path):
@@ -629,7 +518,7 @@ def test_an_empty_file_becomes_a_database(redpipe, fake_reddit, database):
     database.touch()
     ids = add_posts(fake_reddit, range(3))
     assert redpipe("--once", database, "python") == (0, "", "")
-    assert stored_ids(database) == sorted(ids)
+    assert stored(database) == sorted(ids)
 
 
 # What is said where
