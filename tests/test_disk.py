@@ -24,60 +24,13 @@ import pytest
 
 import pipeline
 from artefact import wait_for
-from conftest import Done, Redpipe
-from fake_reddit import FakeReddit, make_post
+from conftest import Done, Redpipe, add_posts, count_posts, says, stored
 from virtual import VirtualClock
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("app")]
 
 is_root = hasattr(os, "geteuid") and os.geteuid() == 0
 needs_root = pytest.mark.skipif(not is_root, reason="only root may mount file systems")
-
-
-@pytest.fixture
-def redpipe(redpipe: Redpipe) -> Redpipe:
-    """Give it an app's credentials: without, it begins with a poll in six seconds."""
-    redpipe.environment |= {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
-    return redpipe
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "posts.db"
-
-
-def add_posts(fake_reddit: FakeReddit, numbers: range) -> list[str]:
-    now = int(time.time()) - 2000
-    return [fake_reddit.add(make_post(n, now + n))["id"] for n in numbers]
-
-
-def stored(database: Path) -> list[str]:
-    """Give the ids of a database that must be sound."""
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return [i for (i,) in connection.execute("SELECT id FROM posts ORDER BY created_utc, id")]
-
-
-def holds(database: Path, posts: int) -> bool:
-    """Tell whether so many posts are in a database that somebody uses."""
-    if not database.exists():
-        return False
-    with closing(sqlite3.connect(database)) as connection, suppress(sqlite3.OperationalError):
-        return connection.execute("SELECT count(*) FROM posts").fetchone() >= (posts,)
-    return False
-
-
-def one_line(message: str) -> bool:
-    return bool(re.fullmatch(r"redpipe: [^\n]+\n", message))
-
-
-def says(done: Done, status: int, *words: object) -> bool:
-    """Tell whether a run ended with a status and one line that holds the words."""
-    assert done.status == status
-    assert done.out == ""
-    assert one_line(done.err)
-    assert [word for word in words if str(word) not in done.err] == []
-    return True
 
 
 @pytest.fixture
@@ -145,7 +98,7 @@ def test_a_disk_that_fills_up_while_following_ends_it(redpipe, fake_reddit, moun
     database = mount.directory / "posts.db"
     first = add_posts(fake_reddit, range(7))
     process = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: holds(database, 7))
+    wait_for(lambda: count_posts(database) >= 7)
     with suppress(OSError), (mount.directory / "filler").open("wb", buffering=0) as filler:
         while True:
             filler.write(bytes(4096))
@@ -272,7 +225,7 @@ def test_a_folder_that_may_not_be_written_is_said(redpipe, tmp_path):
 def test_a_database_deleted_while_running_ends_it(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
     process = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: holds(database, 7))
+    wait_for(lambda: count_posts(database) >= 7)
     for path in database.parent.glob("posts.db*"):
         path.unlink()
     out, err = process.communicate(timeout=10)
@@ -287,7 +240,7 @@ def test_a_database_replaced_while_running_ends_it_and_stays_as_it_is(
     assert redpipe("--once", tmp_path / "other.db", "python").status == 0
     other = (tmp_path / "other.db").read_bytes()
     process = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: holds(database, 7))
+    wait_for(lambda: count_posts(database) >= 7)
     for path in database.parent.glob("posts.db-*"):
         path.unlink()
     (tmp_path / "other.db").replace(database)
@@ -302,7 +255,7 @@ def test_a_file_deleted_during_an_import_ends_it(redpipe, database):
     feeder = threading.Thread(target=feed, args=(process.stdin,))
     feeder.start()
     process.stdin = None
-    wait_for(lambda: holds(database, 500))
+    wait_for(lambda: count_posts(database) >= 500)
     database.unlink()
     out, err = process.communicate(timeout=10)
     feeder.join(10)
