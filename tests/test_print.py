@@ -14,48 +14,15 @@ from pathlib import Path
 import pytest
 
 from artefact import wait_for
+from conftest import add_posts, count_posts, query, stored
 from fake_reddit import make_post
 
-pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(autouse=True)
-def app(redpipe):
-    """Give it an app's credentials: without, polls are seconds apart."""
-    redpipe.environment |= {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
-
-
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "posts.db"
-
-
-def add_posts(fake_reddit, numbers, subreddit="python", **fields):
-    now = int(time.time()) - 2000
-    return [fake_reddit.add(make_post(n, now + n, subreddit, **fields))["id"] for n in numbers]
-
-
-def stored(database):
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return [i for (i,) in connection.execute("SELECT id FROM posts ORDER BY created_utc")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("app")]
 
 
 def ids(text):
     """Return the ids of whole lines; a last one that was cut off counts as none."""
     return [json.loads(line)["id"] for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-
-
-def start(redpipe, *arguments, **streams):
-    """Start redpipe with streams of our own."""
-    process = subprocess.Popen(
-        [*redpipe.command, *map(str, arguments)],
-        cwd=redpipe.directory,
-        env=redpipe.environment,
-        **{"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **streams},
-    )
-    redpipe.started.append(process)
-    return process
 
 
 # What is written
@@ -101,17 +68,15 @@ def test_a_generated_column_of_that_name_is_left_alone_and_the_field_passed_on(
     assert redpipe("--once", database, "python").status == 69
     add_posts(fake_reddit, range(1), score=7)
     assert redpipe("--once", database, "python") == (0, "", "")
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("ALTER TABLE posts ADD COLUMN Flair AS (upper(title)) VIRTUAL")
+    query(database, "ALTER TABLE posts ADD COLUMN Flair AS (upper(title)) VIRTUAL")
     (new,) = add_posts(fake_reddit, range(1, 2), flair="red")
     options = ["--field=flair", "--field=score"]
     done = redpipe(*options, "--print", "--once", database, "python")
     assert (done.status, done.err) == (0, "")
     assert json.loads(done.out)["flair"] == "red"
-    with closing(sqlite3.connect(database)) as connection:
-        sql = "SELECT flair = upper(title), score FROM posts ORDER BY id"
-        assert connection.execute(sql).fetchall() == [(1, None), (1, 1)]
-        assert connection.execute(f"SELECT count(*) FROM posts WHERE id = '{new}'").fetchone()
+    rows = query(database, "SELECT flair = upper(title), score FROM posts ORDER BY id")
+    assert rows == [(1, None), (1, 1)]
+    assert new in stored(database)
 
 
 # Whatever happens on either side
@@ -146,7 +111,9 @@ def test_every_post_that_is_stored_was_written_whenever_it_is_killed(
     with (tmp_path / "passed.ndjson").open("w") as passed:
         for n in range(8):
             expected += add_posts(fake_reddit, range(40 * n, 40 * n + 40))
-            process = start(redpipe, "--print", "--interval=1", database, "python", stdout=passed)
+            process = redpipe.start_through(
+                *redpipe.command, "--print", "--interval=1", database, "python", stdout=passed
+            )
             time.sleep(0.15 + 0.05 * n)
             redpipe.stop(process, signal.SIGKILL)
     seen = ids((tmp_path / "passed.ndjson").read_text())
@@ -174,7 +141,7 @@ def test_a_reader_that_has_gone_ends_it_by_sigpipe_in_silence(redpipe, fake_redd
     add_posts(fake_reddit, range(300))
     read, write = os.pipe()
     os.close(read)
-    process = start(redpipe, "--print", database, "python", stdout=write)
+    process = redpipe.start_through(*redpipe.command, "--print", database, "python", stdout=write)
     os.close(write)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (-signal.SIGPIPE, "")
@@ -193,7 +160,7 @@ def test_head_takes_its_lines_and_what_was_stored_was_written_first(redpipe, fak
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: database.exists() and database.stat().st_size and len(stored(database)) == 3)
+    wait_for(lambda: count_posts(database) == 3)
     posts += add_posts(fake_reddit, range(3, 5))
     wait_for(lambda: len(stored(database)) == 5)
     add_posts(fake_reddit, range(5, 6))
@@ -233,14 +200,15 @@ def test_a_reader_that_stalls_misses_what_leaves_the_listing_and_a_gap_says_so(
     wait_for(lambda: len(stored(database)) == len(seen))
     assert redpipe.stop(process).status == -signal.SIGTERM
     assert set(first) <= set(seen)
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
+    assert query(database, "SELECT count(*) FROM gaps") == [(1,)]
 
 
 def test_a_full_disk_ends_it_with_74_and_nothing_is_stored(redpipe, fake_reddit, database):
     posts = add_posts(fake_reddit, range(3))
     with Path("/dev/full").open("wb") as full:
-        process = start(redpipe, "--print", "--once", database, "python", stdout=full)
+        process = redpipe.start_through(
+            *redpipe.command, "--print", "--once", database, "python", stdout=full
+        )
         _, err = process.communicate(timeout=20)
     assert process.returncode == 74
     assert err == "redpipe: standard output: No space left on device\n"
@@ -266,7 +234,7 @@ def test_a_closed_standard_output_ends_it_with_74(redpipe, fake_reddit, database
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_on_a_full_disk_is_one_line(redpipe, option):
     with Path("/dev/full").open("wb") as full:
-        process = start(redpipe, option, stdout=full)
+        process = redpipe.start_through(*redpipe.command, option, stdout=full)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 74
     assert err == "redpipe: standard output: No space left on device\n"
