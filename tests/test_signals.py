@@ -23,10 +23,21 @@ from typing import Any
 import pytest
 
 from artefact import wait_for
-from conftest import SOON, Done, Redpipe, open_terminal, wait_for_end
+from conftest import (
+    SOON,
+    Done,
+    Redpipe,
+    add_posts,
+    count_posts,
+    open_terminal,
+    query,
+    stored,
+    wait_for_end,
+)
 from fake_reddit import HANG, FakeReddit, error_reply, make_post
 
 pytestmark = [
+    pytest.mark.usefixtures("app"),
     pytest.mark.timeout(60),
     pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals"),
 ]
@@ -40,43 +51,14 @@ CREATE TRIGGER slow BEFORE INSERT ON posts BEGIN SELECT (
 """
 
 
-@pytest.fixture
-def redpipe(redpipe: Redpipe) -> Redpipe:
-    """Give it an app's credentials: without, it begins with a poll in six seconds."""
-    redpipe.environment |= {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
-    return redpipe
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "posts.db"
-
-
-def add_posts(fake_reddit: FakeReddit, numbers: range) -> None:
-    now = int(time.time()) - 2000
-    for n in numbers:
-        fake_reddit.add(make_post(n, now + n))
-
-
 def count(database: Path) -> int:
     """Count the posts of a database that must be sound and closed."""
     assert not any(Path(f"{database}{end}").exists() for end in ("-wal", "-shm", "-journal"))
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return int(connection.execute("SELECT count(*) FROM posts").fetchone()[0])
+    return len(stored(database))
 
 
 def left_behind(redpipe: Redpipe) -> list[Path]:
     return list(redpipe.tmpdir.iterdir())
-
-
-def holds_posts(database: Path) -> bool:
-    """Tell whether there is a post in a database that somebody uses."""
-    if not database.exists():
-        return False
-    with closing(sqlite3.connect(database)) as connection, suppress(sqlite3.OperationalError):
-        return connection.execute("SELECT count(*) FROM posts").fetchone() > (0,)
-    return False
 
 
 def is_locked(database: Path) -> bool:
@@ -138,8 +120,7 @@ def test_in_the_middle_of_a_walk_back(redpipe, fake_reddit, database):
 def test_a_transaction_under_way_is_finished(redpipe, fake_reddit, database, number):
     fake_reddit.create("python")
     assert redpipe("--once", database, "python") == (0, "", "")
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute(SLOW_INSERTS)
+    query(database, SLOW_INSERTS)
     add_posts(fake_reddit, range(100))
     asked = len(fake_reddit.requests())
     process = redpipe.start("--interval=1", database, "python")
@@ -312,7 +293,7 @@ def test_more_signals_do_not_disturb_the_end(redpipe, fake_reddit, database, num
     for _ in range(5):
         database.unlink(missing_ok=True)
         process = redpipe.start("--interval=1", database, "python")
-        wait_for(lambda: holds_posts(database))
+        wait_for(lambda: count_posts(database))
         assert hammer(process, number) == (-number, "", "")
         assert left_behind(redpipe) == []
         assert count(database) == 7
@@ -321,8 +302,7 @@ def test_more_signals_do_not_disturb_the_end(redpipe, fake_reddit, database, num
 def test_the_first_of_two_signals_is_the_one_it_dies_of(redpipe, fake_reddit, database):
     fake_reddit.create("python")
     assert redpipe("--once", database, "python") == (0, "", "")
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute(SLOW_INSERTS)
+    query(database, SLOW_INSERTS)
     add_posts(fake_reddit, range(100))
     asked = len(fake_reddit.requests())
     process = redpipe.start("--interval=1", database, "python")
@@ -357,7 +337,7 @@ def start_to_lose_one(
     """Start what gets a signal in a finalizer when SIGUSR1 comes; it reads from a pipe."""
     python, pyz = redpipe.command
     command = [python, "-c", LOSE_ONE, number.value, pyz, *arguments]
-    return start_through(redpipe, *command, stdin=subprocess.PIPE)
+    return redpipe.start_through(*command, stdin=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -385,24 +365,6 @@ def test_one_that_is_lost_stops_an_import_that_waits_for_a_pipe(redpipe, databas
 # Ignored at the start
 
 
-def start_through(redpipe: Redpipe, *words: object, **more: Any) -> subprocess.Popen[str]:
-    """Start redpipe by another command, which gets it as its last arguments."""
-    process = subprocess.Popen(
-        list(map(str, words)),
-        cwd=redpipe.directory,
-        env=redpipe.environment,
-        **{
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-            **more,
-        },
-    )
-    redpipe.started.append(process)
-    return process
-
-
 def goes_on(fake_reddit: FakeReddit) -> None:
     """Wait for one more poll."""
     asked = len(fake_reddit.requests())
@@ -412,7 +374,7 @@ def goes_on(fake_reddit: FakeReddit) -> None:
 def test_nohup_works(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
     command = [*redpipe.command, "--interval=1", database, "python"]
-    process = start_through(redpipe, "nohup", *command)
+    process = redpipe.start_through("nohup", *command)
     wait_for(fake_reddit.requests)
     process.send_signal(signal.SIGHUP)
     goes_on(fake_reddit)
@@ -425,7 +387,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(redpipe, fake_reddit, databa
     add_posts(fake_reddit, range(7))
     shell = f"trap '' {ignored.name[3:]}; exec \"$@\""
     command = [*redpipe.command, "--interval=1", database, "python"]
-    process = start_through(redpipe, "sh", "-c", shell, "sh", *command)
+    process = redpipe.start_through("sh", "-c", shell, "sh", *command)
     wait_for(fake_reddit.requests)
     process.send_signal(ignored)
     goes_on(fake_reddit)
@@ -439,7 +401,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(redpipe, fake_reddit, databa
 
 def test_help_into_a_pipe_that_is_closed_early_is_silent(redpipe):
     shell = 'set -o pipefail; "$@" --help | head -1; exit ${PIPESTATUS[0]}'
-    process = start_through(redpipe, "bash", "-c", shell, "bash", *redpipe.command)
+    process = redpipe.start_through("bash", "-c", shell, "bash", *redpipe.command)
     out, err = process.communicate(timeout=20)
     assert out == "Keep a SQLite database of Reddit's new posts.\n"
     assert err == ""
@@ -450,7 +412,7 @@ def test_help_into_a_pipe_that_is_closed_early_is_silent(redpipe):
 def test_output_that_nobody_reads_ends_in_silence(redpipe, option):
     read, write = os.pipe()
     os.close(read)
-    process = start_through(redpipe, *redpipe.command, option, stdout=write)
+    process = redpipe.start_through(*redpipe.command, option, stdout=write)
     os.close(write)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (-signal.SIGPIPE, "")
@@ -462,7 +424,7 @@ def test_closed_streams_do_not_lead_messages_into_the_database(
 ):
     add_posts(fake_reddit, range(7))
     command = [*redpipe.command, "-v", "--once", database, "python"]
-    process = start_through(redpipe, "sh", "-c", f'exec "$@" {closed}', "sh", *command)
+    process = redpipe.start_through("sh", "-c", f'exec "$@" {closed}', "sh", *command)
     process.communicate(timeout=20)
     assert process.returncode == 0
     assert count(database) == 7
@@ -474,7 +436,7 @@ def test_closed_streams_do_not_lead_messages_into_the_database(
 def test_a_closed_stream_changes_no_exit_status(redpipe, database, closed):
     for arguments, status in (["--nonsense", 64], [f"--once {database} missing_place", 69]):
         shell = f'exec "$@" {arguments} {closed}'
-        process = start_through(redpipe, "sh", "-c", shell, "sh", *redpipe.command)
+        process = redpipe.start_through("sh", "-c", shell, "sh", *redpipe.command)
         process.communicate(timeout=20)
         assert process.returncode == status
 
@@ -500,7 +462,7 @@ def test_messages_that_cannot_be_written_change_no_exit_status(
     add_posts(fake_reddit, range(7))
     stream = unwritable()
     command = [*redpipe.command, "-v", "--once", database, name]
-    process = start_through(redpipe, *command, stderr=stream)
+    process = redpipe.start_through(*command, stderr=stream)
     os.close(stream)
     process.communicate(timeout=20)
     assert process.returncode == status
@@ -539,7 +501,7 @@ def on_terminal(
     terminal, theirs = open_terminal()
     command = [redpipe.command[0], "-c", TAKE_TERMINAL, "sh", "-c", shell, "sh", *redpipe.command]
     streams = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
-    process = start_through(redpipe, *command, *arguments, start_new_session=True, **streams)
+    process = redpipe.start_through(*command, *arguments, start_new_session=True, **streams)
     os.close(theirs)
     return process, terminal
 
@@ -565,7 +527,7 @@ def drain(terminal: int, until: Callable[[], object]) -> None:
 def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
     child, terminal = on_terminal(redpipe, "-v", "--interval=1", database, "python")
-    drain(terminal, lambda: holds_posts(database))
+    drain(terminal, lambda: count_posts(database))
     os.close(terminal)
     assert ended(child) == -signal.SIGHUP
     assert count(database) == 7
@@ -575,7 +537,7 @@ def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, datab
 def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
     child, terminal = on_terminal(redpipe, "--interval=1", database, "python")
-    drain(terminal, lambda: holds_posts(database))
+    drain(terminal, lambda: count_posts(database))
     os.write(terminal, b"\x03")
     assert ended(child) == -signal.SIGINT
     os.set_blocking(terminal, True)
