@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from contextlib import closing
 
 import pytest
 
+from conftest import query
 from fake_reddit import make_post
 from pipeline import BadUsage, Field, parse_fields, transform
 
@@ -25,21 +24,11 @@ BUILT_IN = [
 ]
 
 
-def query(database, sql):
-    with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(sql).fetchall()
-
-
 def columns(database):
     """Give the columns that follow the built-in ones."""
     names = [row[1] for row in query(database, "PRAGMA table_info(posts)")]
     assert names[: len(BUILT_IN)] == BUILT_IN
     return names[len(BUILT_IN) :]
-
-
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "posts.db"
 
 
 @pytest.fixture

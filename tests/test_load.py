@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import query
 from pipeline import Cursor, Database, Field, Gap, NotOurs, StorageFailed, load, parse_fields
 from virtual import VirtualClock
 
@@ -22,11 +23,6 @@ def row(identifier, *values, **fields):
     keys = ("created_utc", "subreddit", "title", "author", "author_name", "permalink")
     padded = (*values, *NONE)[: len(keys)]
     return {"id": identifier, **dict(zip(keys, padded, strict=True)), **fields}
-
-
-def query(path, sql):
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute(sql).fetchall()
 
 
 @pytest.fixture

@@ -222,11 +222,6 @@ def test_no_failure_tells_a_secret(fake_reddit, database, logged, failure, sourc
     assert any(seen.status != 200 for seen in fake_reddit.log) or answer[0] == 200
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "posts.db"
-
-
 # What comes back to us: a proxy or a debugging server may show what it was sent
 
 BASIC = base64.b64encode(f"app-id:{SECRET}".encode()).decode()

@@ -36,11 +36,6 @@ def fill(path, posts, cursors, gaps=()):
 
 
 @pytest.fixture
-def database(tmp_path):
-    return tmp_path / "posts.db"
-
-
-@pytest.fixture
 def today():
     """Return midnight before now, in UTC."""
     return int(time.time()) // DAY * DAY
