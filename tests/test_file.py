@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import pytest
 
 from artefact import wait_for
-from conftest import open_terminal
+from conftest import count_posts, open_terminal
 from fake_reddit import make_post
 from pipeline import BadLines, Database, load, open_file, read_file, transform
 from virtual import VirtualClock
@@ -71,22 +71,9 @@ def ids(database):
     return [row[0] for row in rows(database)]
 
 
-def count(database):
-    """Count the posts, of a database that may not be there yet."""
-    try:
-        return len(ids(database))
-    except sqlite3.Error:
-        return 0
-
-
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "posts.ndjson"
-
-
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "posts.db"
 
 
 @pytest.fixture
@@ -607,7 +594,7 @@ def test_a_stopped_import_keeps_what_it_committed_and_a_second_one_finishes(
     process = redpipe.start("--from=-", database)
     process.stdin.buffer.write(numbered(range(1100)))
     process.stdin.flush()
-    wait_for(lambda: count(database) >= 1000)
+    wait_for(lambda: count_posts(database) >= 1000)
     done = redpipe.stop(process, signal.SIGTERM)
     assert (done.status, done.err) == (-signal.SIGTERM, "")
     assert ids(database) == [make_post(n)["id"] for n in range(1000)]
@@ -621,12 +608,12 @@ def test_a_killed_import_keeps_what_it_committed_and_a_second_one_finishes(redpi
     process = redpipe.start("--from=-", database)
     process.stdin.buffer.write(numbered(range(700)))
     process.stdin.flush()
-    wait_for(lambda: count(database) >= 500)
+    wait_for(lambda: count_posts(database) >= 500)
     redpipe.stop(process, signal.SIGKILL)
     assert ids(database) == [make_post(n)["id"] for n in range(500)]
     file.write_bytes(numbered(range(700)))
     assert redpipe("--from", file, database).status == 0
-    assert count(database) == 700
+    assert count_posts(database) == 700
 
 
 def peak_memory(redpipe, database, posts):
@@ -640,7 +627,7 @@ def peak_memory(redpipe, database, posts):
         out, _ = process.communicate(timeout=60)
     kibibytes, status = out.split()
     assert status == b"0"
-    assert count(database) == posts
+    assert count_posts(database) == posts
     return int(kibibytes) * 1024
 
 
@@ -746,7 +733,7 @@ def test_standard_input_may_be_non_blocking(redpipe, database):
     os.close(writing)
     assert process.communicate(timeout=20) == (None, b"")
     assert process.returncode == 0
-    assert count(database) == 8
+    assert count_posts(database) == 8
 
 
 @pytest.mark.parametrize("arguments", [["posts.db"], ["posts.db", "rust"], ["posts.ndjson"]])
@@ -892,4 +879,4 @@ def test_recorded_listings_are_imported_whole(redpipe, samples, file, database):
     assert redpipe("--from", file, database) == (0, "", "")
     children = [child for value in listings for child in value["data"]["children"]]
     assert ids(database) == sorted({c["data"]["id"] for c in children if c["kind"] == "t3"})
-    assert count(database) == 3921
+    assert count_posts(database) == 3921
