@@ -12,18 +12,17 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from artefact import ROOT, probe, wait_for
+from conftest import count_posts, stored
 from fake_reddit import FakeReddit, make_post
 
 pytestmark = pytest.mark.timeout(60)
@@ -150,12 +149,6 @@ def environment_file(host: Host, fake_reddit: FakeReddit) -> Path:
     return path
 
 
-def stored(database: Path) -> list[str]:
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return [i for (i,) in connection.execute("SELECT id FROM posts ORDER BY id")]
-
-
 def run_line(host: Host) -> tuple[int, str]:
     """Run README's line as cron does."""
     home = str(host.directory / "home")
@@ -278,7 +271,7 @@ def test_the_unit_starts_what_stops_by_sigterm(host, fake_reddit):
     command = shlex.split(host.located(settings(block("[Unit]"))["ExecStart"]))
     process = host.start(*command, REDPIPE_URL=fake_reddit.url)
     try:
-        wait_for(lambda: host.database.exists() and holds_posts(host.database))
+        wait_for(lambda: count_posts(host.database))
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=10)
     finally:
@@ -286,14 +279,6 @@ def test_the_unit_starts_what_stops_by_sigterm(host, fake_reddit):
         process.communicate()
     assert (process.returncode, said) == (-signal.SIGTERM, "")
     assert stored(host.database) == sorted(ids)
-
-
-def holds_posts(database: Path) -> bool:
-    with closing(sqlite3.connect(database)) as connection:
-        try:
-            return bool(connection.execute("SELECT count(*) FROM posts").fetchone()[0])
-        except sqlite3.OperationalError:
-            return False
 
 
 def test_the_unit_does_not_restart_what_would_fail_again():

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import sqlite3
 import subprocess
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import pytest
 
 from artefact import wait_for
+from conftest import count_posts, query
 from fake_reddit import Budget, make_post
-
-
-@pytest.fixture
-def seed():
-    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
-    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
-    print(f"REDPIPE_SEED={drawn}")
-    return drawn
-
-
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "posts.db"
 
 
 def write_posts(path, numbers):
@@ -35,19 +21,6 @@ def write_posts(path, numbers):
         for n in numbers:
             file.write(f'{{"name": "t3_{n}", "title": "Post {n}", "created_utc": {n}}}\n')
     return path
-
-
-def query(database, sql):
-    with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def count(database):
-    """Count the posts, of a database that may not be there yet."""
-    try:
-        return query(database, "SELECT count(*) FROM posts")[0][0]
-    except sqlite3.Error:
-        return 0
 
 
 def assert_stored_once(database, number):
@@ -66,7 +39,7 @@ def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_p
     for n in range(100):
         fake_reddit.add(make_post(n, now - 200 + n))
     follower = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: count(database) >= 100)
+    wait_for(lambda: count_posts(database) >= 100)
     # The file has what is listed, what will be listed, and what no longer is.
     file = tmp_path / "posts.ndjson"
     posts = [make_post(n, now - 200 + n, selftext="x" * 2000) for n in range(-9_000, 400)]
@@ -78,7 +51,7 @@ def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_p
     assert imported.communicate(timeout=30) == ("", "")
     assert imported.returncode == 0
     fake_reddit.add(make_post(400, now))
-    wait_for(lambda: count(database) == 9_401)
+    wait_for(lambda: count_posts(database) == 9_401)
     assert redpipe.stop(follower).err == ""
     assert query(database, "SELECT id FROM posts ORDER BY id") == sorted(
         (make_post(n)["id"],) for n in range(-9_000, 401)
@@ -108,7 +81,7 @@ def kill_five_times(redpipe, file, database, dice, longest):
         killed += process.poll() is None
         process.kill()
         process.communicate()
-        print(f"{count(database)} posts after a kill")
+        print(f"{count_posts(database)} posts after a kill")
     return killed
 
 

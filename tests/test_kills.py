@@ -6,34 +6,20 @@ import contextlib
 import os
 import random
 import re
-import sqlite3
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from conftest import stored
 from fake_reddit import Budget, FakeReddit, make_post
-
-
-@pytest.fixture
-def seed():
-    """Draw a seed, or take that of REDPIPE_SEED; a failing test shows it."""
-    drawn = int(os.environ.get("REDPIPE_SEED") or random.randrange(10**9))
-    print(f"REDPIPE_SEED={drawn}")
-    return drawn
 
 
 def add_posts(reddit: FakeReddit, first: int, count: int, start: float) -> None:
     """List posts that are half a second apart."""
     for n in range(first, first + count):
         reddit.add(make_post(n, start + (n - first) / 2, "python"))
-
-
-def stored(path) -> list[str]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return [row[0] for row in connection.execute("SELECT id FROM posts ORDER BY id")]
 
 
 def kill_often(redpipe, reddit: FakeReddit, path, kills: int, rng: random.Random) -> int:

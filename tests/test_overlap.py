@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from conftest import APP, add_posts, query, stored
 from fake_reddit import Budget, make_post
 
 
@@ -38,11 +39,8 @@ def run_together(redpipe, reddit, path, count: int) -> None:
             out, err = process.communicate(timeout=200)
             assert (process.returncode, out, err) == (0, "", "")
         assert redpipe.stop(follower).err == ""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        kept = [row[0] for row in connection.execute("SELECT id FROM posts")]
-        assert connection.execute("SELECT count(*) FROM gaps").fetchall() == [(0,)]
-    assert sorted(kept) == sorted(reddit.listing_ids("python"))
+    assert query(path, "SELECT count(*) FROM gaps") == [(0,)]
+    assert stored(path) == reddit.listing_ids("python")[::-1]
 
 
 def test_twelve_runs_at_once_store_each_post_once(redpipe, fake_reddit, tmp_path):
@@ -58,13 +56,11 @@ def test_fifty_runs_at_once_store_each_post_once(redpipe, fake_reddit, tmp_path)
 def test_runs_that_make_the_database_together_agree(redpipe, fake_reddit, tmp_path):
     path = tmp_path / "posts.db"
     fake_reddit.budgets["json"] = Budget(total=1_000_000)
-    for n in range(50):
-        fake_reddit.add(make_post(n, time.time() - 500 + n, "python"))
+    add_posts(fake_reddit, range(50))
     for process in [redpipe.start("--once", path, "python") for _ in range(6)]:
         out, err = process.communicate(timeout=100)
         assert (process.returncode, out, err) == (0, "", "")
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT count(*) FROM posts").fetchall() == [(50,)]
+    assert len(stored(path)) == 50
 
 
 def test_runs_that_find_the_same_gap_name_it_once(redpipe, fake_reddit, tmp_path):
@@ -79,16 +75,13 @@ def test_runs_that_find_the_same_gap_name_it_once(redpipe, fake_reddit, tmp_path
     for process in runs:
         out, err = process.communicate(timeout=100)
         assert (process.returncode, out, err) == (0, "", "")
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        gaps = connection.execute("SELECT subreddit, after_utc, before_utc FROM gaps").fetchall()
-        kept = [row[0] for row in connection.execute("SELECT id FROM posts")]
+    gaps, kept = query(path, "SELECT subreddit, after_utc, before_utc FROM gaps"), stored(path)
     # The cursor less 30 s of lateness; the newest of the last ten of 1000 posts.
     assert gaps == [("python", began + 19 - 30, began + 300 + 9)]
     assert not set(fake_reddit.listing_ids("python")) - set(kept)
     assert len(kept) == len(set(kept)) == 1020
 
 
-APP = {"REDDIT_CLIENT_ID": "app-id", "REDDIT_CLIENT_SECRET": "app-secret"}
 NAMES = ("python", "rust")
 
 
