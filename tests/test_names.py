@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from artefact import wait_for
 from fake_reddit import FakeReddit, make_post
 from pipeline import Access, Database, Gone, Reddit, load, stream, transform
 from virtual import VirtualClock, fetch_from
@@ -204,10 +205,8 @@ def test_the_built_file_goes_on_with_the_others(redpipe, fake_reddit, tmp_path):
     with_posts(fake_reddit, int(time.time()))
     command = ("--interval=1", tmp_path / "posts.db", "python", "closed", "rust")
     process = redpipe.start(*command, REDDIT_CLIENT_ID="app-id", REDDIT_CLIENT_SECRET="app-secret")
-    ends = time.monotonic() + 30
-    while min(len(fake_reddit.requests(f"/r/{name}/")) for name in ("python", "rust")) < 2:
-        assert time.monotonic() < ends
-        time.sleep(0.02)
+    wait_for(lambda: len(fake_reddit.requests("/r/python/")) > 1)
+    wait_for(lambda: len(fake_reddit.requests("/r/rust/")) > 1)
     done = redpipe.stop(process)
     assert done == (
         -signal.SIGTERM,

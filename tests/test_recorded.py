@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import time
 
 import pytest
 
+from artefact import wait_for
+from conftest import count_posts
 from fake_reddit import Budget, FakeReddit
 from pipeline import Access, Database, Reddit, http_fetch, load, stream, transform
 from virtual import VirtualClock
@@ -75,22 +76,6 @@ def test_every_recorded_post_is_stored_once_with_the_right_columns(recorded, tmp
     assert stored_rows(path) == expected_rows(recorded)
 
 
-def count_stored(path):
-    """Count the rows of a database that may still be in the making."""
-    try:
-        return len(stored_rows(path))
-    except sqlite3.OperationalError:
-        return 0
-
-
-def wait_until_stored(path, count, seconds=30.0):
-    """Wait until the database holds so many posts."""
-    ends = time.monotonic() + seconds
-    while count_stored(path) < count:
-        assert time.monotonic() < ends, f"not {count} posts in {seconds} s"
-        time.sleep(0.02)
-
-
 def test_a_stopped_follower_goes_on_without_losing_or_repeating_a_post(
     recorded, redpipe, fake_reddit, tmp_path
 ):
@@ -99,6 +84,7 @@ def test_a_stopped_follower_goes_on_without_losing_or_repeating_a_post(
     for half, until_then in ((recorded[-5:-2], recorded[-5:-2]), (recorded[-3:], recorded[-5:])):
         fake_reddit.serve_listing_bytes(*half)
         process = redpipe.start("--interval=1", path)
-        wait_until_stored(path, len(expected_rows(until_then)))
+        expected = len(expected_rows(until_then))
+        wait_for(lambda count=expected: count_posts(path) >= count)
         assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
     assert stored_rows(path) == expected_rows(recorded[-5:])
