@@ -492,18 +492,6 @@ def test_what_a_signal_leaves_open_is_not_talked_of(pyz, bare_python, server, tm
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
 
 
-@pytest.mark.parametrize("size", [0, 100_000], ids=["unusable", "full"])
-def test_a_temporary_directory_that_takes_no_file_is_named(pyz, bare_python, temporary, size):
-    command = [bare_python, "-c", LIMIT_FILES, str(size), pyz, "--once", "posts.db"]
-    done = run_bare(*command, cwd=temporary.parent, TMPDIR=str(temporary))
-    assert done.returncode == 74
-    assert done.stderr.count("\n") == 1
-    assert "temporary directory" in done.stderr
-    assert str(temporary) in done.stderr
-    assert list(temporary.iterdir()) == []
-    assert not (temporary.parent / "posts.db").exists()
-
-
 def test_replacing_the_file_does_not_disturb_a_run(pyz, bare_python, server, tmp_path):
     copy = Path(shutil.copy(pyz, tmp_path / "redpipe.pyz"))
     with following(bare_python, copy, tmp_path, REDPIPE_URL=server.url) as process:
