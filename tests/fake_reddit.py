@@ -424,7 +424,6 @@ class FakeReddit:
                             request on it is answered by a reset
         feed_tokens         {feed token: user name}
         reasons             whether refusals of a subreddit carry their `reason`
-        joint_refused       one refused name refuses a whole joint listing; else it is left out
         faults              called with (method, path, query), gives a Fault, a Reply, or None
         gzip                compress for clients that accept it
     """
@@ -433,8 +432,6 @@ class FakeReddit:
     """Reddit lists this many items, the places of removed ones included."""
     most_ids = 100
     """One request asks for so many posts at most (TOO_MANY_THING_IDS)."""
-    longest_target = 8000
-    """Bytes of path and query beyond which the answer is 414."""
 
     def __init__(self, clock: Clock = time) -> None:
         """Begin with no posts, no subreddits, and no limits but Reddit's 1000 in 10 minutes."""
@@ -452,7 +449,6 @@ class FakeReddit:
         self.idle_limit = math.inf
         self.feed_tokens: dict[str, str] = {}
         self.reasons = True
-        self.joint_refused = False
         self.faults: Callable[[str, str, dict[str, str]], Fault | Reply | None] | None = None
         self.gzip = True
         self.log: list[Seen] = []
@@ -592,11 +588,11 @@ class FakeReddit:
         with self._lock:
             self._arrive(arrivals, self.clock.time() if start is None else start)
 
-    def listing_ids(self, names: str = "all") -> list[str]:
+    def listing_ids(self, name: str = "all") -> list[str]:
         """Give the ids that a listing holds now, newest first."""
         with self._lock:
             self._advance()
-            return [item.post["id"] for item in self._listed_items(names.lower().split("+"))]
+            return [item.post["id"] for item in self._listed_items(name.lower())]
 
     def _arrive(self, arrivals: Iterator[tuple[float, float, Post]], began: float) -> None:
         """Put the next arrival on the agenda, which then puts the one after it there."""
@@ -633,14 +629,9 @@ class FakeReddit:
             bisect.insort(window, item, key=lambda other: other.key)
             del window[: -self.depth]
 
-    def _listed_items(self, names: list[str]) -> list[Item]:
-        """Give what is listed for names, newest first, at most `depth` places deep."""
-        windows = [self._windows.get(name, []) for name in ({"all"} if "all" in names else names)]
-        merged = (
-            heapq.merge(*windows, key=lambda item: item.key) if len(windows) > 1 else windows[0]
-        )
-        places = list(merged)[-self.depth :]
-        return [item for item in reversed(places) if not item.removed]
+    def _listed_items(self, name: str) -> list[Item]:
+        """Give what is listed, newest first."""
+        return [item for item in reversed(self._windows.get(name, [])) if not item.removed]
 
     # -- access
 
@@ -707,10 +698,6 @@ class FakeReddit:
         self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes
     ) -> Reply:
         """Find the endpoint that a path means."""
-        if len(path) + sum(len(key) + len(value) + 2 for key, value in query.items()) > (
-            self.longest_target
-        ):
-            return reply(414, "<html>414 URI Too Long</html>", HTML)
         if path.rstrip("/") == "/api/v1/access_token":
             return self._token(method, headers, body)
         if path.startswith("/subreddits/search"):
@@ -729,7 +716,7 @@ class FakeReddit:
         return self._within_budget(source, found[1], query, headers)
 
     def _within_budget(
-        self, source: str, names: str, query: dict[str, str], headers: dict[str, str]
+        self, source: str, name: str, query: dict[str, str], headers: dict[str, str]
     ) -> Reply:
         """Answer a request for a listing, or for posts, unless its sender may not have it."""
         if (refusal := self._refused_access(source, headers)) is not None:
@@ -737,10 +724,10 @@ class FakeReddit:
         now = self.clock.time()
         budget = self.budgets.get(source)
         if budget is None:
-            return self._names(source, names, query)
+            return self._name(source, name, query)
         if not budget.spend(now):
             return budget.refusal(now)
-        status, more, body = self._names(source, names, query)
+        status, more, body = self._name(source, name, query)
         return status, {**more, **budget.as_headers(now)}, body
 
     def _refused_access(self, source: str, headers: dict[str, str]) -> Reply | None:
@@ -780,21 +767,17 @@ class FakeReddit:
             answer["device_id"] = form["device_id"]
         return json_reply(200, {**answer, "expires_in": int(self.token_lifetime), "scope": "*"})
 
-    def _names(self, source: str, names: str, query: dict[str, str]) -> Reply:
-        """Answer for the names that are there and open to all; without a name, for posts."""
-        if not names:
+    def _name(self, source: str, name: str, query: dict[str, str]) -> Reply:
+        """Answer for a name that is there and open to all; without a name, for posts."""
+        if not name:
             return self._info(query)
         if self.recorded or self._page:
             return reply(200, self._recorded_page(query))
-        given = names.lower().split("+")
-        known = [name for name in given if name in self._windows]
-        open_ones = [name for name in known if not self._refused.get(name)]
-        closed = [name for name in known if self._refused.get(name)]
-        if not known:
-            return self._no_subreddit(source, names)
-        if closed and (self.joint_refused or not open_ones):
-            return self._refusal(self._refused[closed[0]])
-        return self._page_of(source, names, open_ones, query)
+        if name.lower() not in self._windows:
+            return self._no_subreddit(source, name)
+        if why := self._refused.get(name.lower()):
+            return self._refusal(why)
+        return self._page_of(source, name, query)
 
     def _info(self, query: dict[str, str]) -> Reply:
         """Answer with posts by their fullnames; what is unknown is left out."""
@@ -812,23 +795,20 @@ class FakeReddit:
             return reply(status, f"<!doctype html><html><h1>{message}</h1></html>", HTML)
         return error_reply(status, message, **({"reason": why} if self.reasons else {}))
 
-    def _no_subreddit(self, source: str, names: str) -> Reply:
+    def _no_subreddit(self, source: str, name: str) -> Reply:
         """Send a request for a subreddit that does not exist to the search."""
         extension = {"json": ".json", "oauth": ""}.get(source, ".rss")
-        place = f"{self.url if self._port else ''}/subreddits/search{extension}?q={quote(names)}"
+        place = f"{self.url if self._port else ''}/subreddits/search{extension}?q={quote(name)}"
         body = (
             f"<html>\n <head>\n  <title>302 Found</title>\n </head>\n <body>{place}</body>\n</html>"
         )
         return reply(302, body, {**HTML, "location": place})
 
-    def _page_of(
-        self, source: str, names: str, open_ones: list[str], query: dict[str, str]
-    ) -> Reply:
+    def _page_of(self, source: str, name: str, query: dict[str, str]) -> Reply:
         """Answer with one page."""
-        items = self._listed_items(open_ones)
-        page, after = self._slice(items, query)
+        page, after = self._slice(self._listed_items(name.lower()), query)
         if "feed" in source:
-            feed = atom_feed((item.post for item in page), names, self.clock.time())
+            feed = atom_feed((item.post for item in page), name, self.clock.time())
             return reply(200, self.feed_filter(feed) if self.feed_filter else feed, ATOM)
         body = listing([item.as_json() for item in page], after)
         return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
@@ -840,15 +820,10 @@ class FakeReddit:
         """
         limit = _limit(query.get("limit", ""))
         names = [item.fullname for item in items]
-        anchors = [query.get("after"), query.get("before")]
-        after, before = (anchor if self._known(anchor) else None for anchor in anchors)
-        start, end = 0, len(items)
-        if after is not None:
-            start = names.index(after) + 1 if after in names else end
-        elif before is not None:
-            end = names.index(before) if before in names else 0
-            start = max(0, end - limit)
-        page = items[start:end][:limit]
+        after, start = query.get("after"), 0
+        if self._known(after):
+            start = names.index(after) + 1 if after in names else len(items)
+        page = items[start : start + limit]
         more = bool(page) and start + len(page) < len(items)
         return page, page[-1].fullname if more else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 import re
 import subprocess
@@ -27,7 +26,6 @@ from fake_reddit import (
     Budget,
     FakeReddit,
     block_page,
-    gzip_bomb,
     listing,
     login_page,
     make_post,
@@ -114,18 +112,12 @@ def test_an_anchor_that_was_removed_gives_an_empty_page(reddit):
     ids = fill(reddit, 5)
     reddit.remove(ids[1])
     assert page(reddit, after=f"t3_{ids[1]}") == ([], None)
-    assert page(reddit, before=f"t3_{ids[1]}") == ([], None)
 
 
 @pytest.mark.parametrize("anchor", ["", "x", "t3_", "t3_zzzzzz", "t1_1tq0001", "1tq0001"])
 def test_an_anchor_that_never_was_is_ignored(reddit, anchor):
     ids = fill(reddit, 3)
     assert page(reddit, after=anchor) == (ids, None)
-
-
-def test_before_gives_the_items_just_above_and_not_the_newest(reddit):
-    ids = fill(reddit, 6)
-    assert page(reddit, before=f"t3_{ids[4]}", limit="2")[0] == ids[2:4]
 
 
 def test_1000_places_are_listed_and_removed_posts_leave_theirs_empty(reddit):
@@ -136,19 +128,6 @@ def test_1000_places_are_listed_and_removed_posts_leave_theirs_empty(reddit):
     assert len(listed) == 900
     assert listed[-1] == ids[999]
     assert page(reddit, after=f"t3_{ids[1000]}") == ([], None)
-
-
-def test_a_joint_listing_holds_both_and_all_holds_everything(reddit):
-    python, rust = fill(reddit, 2), fill(reddit, 2, "rust", first=10)
-    perl = fill(reddit, 1, "perl", first=20)
-    assert page(reddit, "python+rust")[0] == rust + python
-    assert page(reddit, "python+nix")[0] == python
-    assert page(reddit, "all")[0] == perl + rust + python
-
-
-def test_a_joint_listing_is_no_deeper_than_a_single_one(reddit):
-    python, rust = fill(reddit, 700), fill(reddit, 700, "rust", first=1001)
-    assert reddit.listing_ids("rust+python") == rust + python[:300]
 
 
 def test_names_are_found_in_any_case(reddit):
@@ -311,15 +290,6 @@ def test_a_subreddit_can_be_refused_and_opened_again(reddit, why, status, messag
     assert page(reddit, "python")[0] == ids
 
 
-def test_a_joint_listing_leaves_refused_names_out_or_is_refused(reddit):
-    fill(reddit, 1)
-    rust = fill(reddit, 1, "rust", first=10)
-    reddit.refuse("python")
-    assert page(reddit, "python+rust")[0] == rust
-    reddit.joint_refused = True
-    assert get(reddit, "/r/python+rust/new/.json")[0] == 403
-
-
 def test_anonymous_json_can_be_blocked_by_a_page_of_190_kb(reddit):
     fill(reddit, 1)
     reddit.anonymous_json_blocked = True
@@ -344,10 +314,6 @@ def test_a_feed_token_opens_a_feed_that_is_blocked_and_has_a_budget_of_its_own(r
     assert get(reddit, path, feed="secret", user="nobody")[0] == 403
     answers = [get(reddit, path, feed="secret", user="somebody")[0] for _ in range(3)]
     assert answers == [200, 200, 200]
-
-
-def test_too_many_names_are_414(reddit):
-    assert get(reddit, f"/r/{'+'.join(['subreddit'] * 900)}/new/.json")[0] == 414
 
 
 @pytest.mark.parametrize("path", ["/", "/r/python/hot", "/r/python/new/x", "/api/v1/me"])
@@ -518,14 +484,14 @@ def test_the_server_keeps_a_connection_and_logs(fake_reddit):
     fake_reddit.add(make_post(1, START))
     with requests.Session() as session:
         for limit in ("1", "2"):
-            address = f"{fake_reddit.url}/r/python%2Brust/new/.json?limit={limit}&raw_json=1"
+            address = f"{fake_reddit.url}/r/python/new/.json?limit={limit}&raw_json=1"
             answer = session.get(address, headers={"User-Agent": "a test"}, timeout=5)
             assert answer.status_code == 200
             assert answer.headers["content-encoding"] == "gzip"
             assert answer.json()["data"]["dist"] == 1
             assert fake_reddit.connections() == 1
     first, second = fake_reddit.requests("/new")
-    assert (first.method, first.path, first.status) == ("GET", "/r/python+rust/new/.json", 200)
+    assert (first.method, first.path, first.status) == ("GET", "/r/python/new/.json", 200)
     assert first.query == {"limit": "1", "raw_json": "1"}
     assert first.headers["user-agent"] == "a test"
     assert abs(second.time - time.time()) < 60
@@ -575,12 +541,6 @@ def test_a_giant_body_is_announced_and_comes(fake_reddit):
     with requests.get(f"{fake_reddit.url}/r/python/new/.json", stream=True, timeout=5) as answer:
         assert answer.headers["content-length"] == "1000000000"
         assert len(answer.raw.read(3_000_000)) == 3_000_000
-
-
-def test_a_small_body_can_unpack_to_a_giant_one():
-    body = gzip_bomb(mebibytes=2)[2]
-    assert len(body) < 10_000
-    assert len(gzip.decompress(body)) == 2 << 20
 
 
 def test_release_ends_what_hangs(fake_reddit):

@@ -80,7 +80,7 @@ class Soak:
         self.machine = SteppedClock(self.clock)
         self.database = database
         self.reddit = FakeReddit(self.clock)
-        self.reddit.depth = 400  # merging longer listings would be most of the work
+        self.reddit.depth = 400  # longer listings would be most of the work
         self.reddit.create("python", "rust")
         self.reddit.token_lifetime = 2 * HOUR
         self.reddit.faults = self.fault
