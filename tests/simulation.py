@@ -1391,7 +1391,12 @@ def run_all(names: Sequence[str], seed: int, seeds: int) -> list[str]:
     columns: list[str] = []
     for name in names:
         scenario, began = SCENARIOS[name], time.monotonic()
-        values = figures([simulate(scenario, f"{seed} {name} {run}") for run in range(seeds)])
+        results = []
+        for run in range(seeds):
+            if sys.stderr.isatty():
+                print(f"{name}: run {run + 1} of {seeds}  ", end="\r", file=sys.stderr, flush=True)
+            results.append(simulate(scenario, f"{seed} {name} {run}"))
+        values = figures(results)
         if not columns:
             columns = list(values)
             print(
