@@ -35,6 +35,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("pipeline.py", "__main__.py")
 HANGS = 60  # seconds beyond three times what a test took
+OVER = "the time is over"
 MOST_MEMORY = 2**32  # bytes
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.db", "*.pyz")
 DELETABLE = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Continue, ast.Break)
@@ -138,7 +139,9 @@ def run_tests(tree: Path, seconds: float, durations: Path, *options: str) -> str
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", out, re.MULTILINE)
     if failed:
         return failed[1]
-    return "" if process.returncode == 0 else f"(cannot be started: {out[-100:].strip()})"
+    if process.returncode == 0 or OVER in out:
+        return ""
+    return f"(cannot be started: {out[-100:].strip()})"
 
 
 class Plugin:
@@ -163,7 +166,7 @@ class Plugin:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if time.monotonic() > self.ends:
-            item.session.shouldstop = "the time is over"
+            item.session.shouldstop = OVER
 
     def pytest_sessionfinish(self) -> None:
         if not self.known:
