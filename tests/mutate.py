@@ -181,7 +181,7 @@ def main(count: int = 60, seed: int = 1, seconds: float = 120) -> int:
         def find(number: int, fault: Fault | None) -> str:
             tree = Path(shutil.copytree(ROOT, Path(scratch, str(number)), ignore=NOT_COPIED))
             if not fault:
-                return run_tests(tree, 3600, durations)
+                return run_tests(tree, 3600, durations, "-n", "auto")
             module = tree / fault.module
             module.write_text(fault.planted(module.read_text("utf-8")), "utf-8")
             found = run_tests(tree, seconds, durations, "-x", "-n0")
