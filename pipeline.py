@@ -177,16 +177,6 @@ class Access(NamedTuple):
     user_agent: str = "redpipe"
 
 
-class Doing(NamedTuple):
-    """What is going on, in words, and until when by the monotonic clock.
-
-    None: for as long as it takes.
-    """
-
-    what: str
-    until: float | None = None
-
-
 class Page(NamedTuple):
     """One answer of a listing: posts as listed, anchor of the next page, server time.
 
@@ -870,7 +860,8 @@ class Reddit:
         self.clock = clock
         self.source = OAUTH if access.client_id else JSON
         self.budget = Budget(Assumed(60 if access.client_id else 10))
-        self.doing = Doing("connecting")
+        # What is going on, in words, and until when by the monotonic clock, if that is known.
+        self.doing: tuple[str, float | None] = "connecting", None
         self._token = ""
         self._token_ends = 0.0
         self._renewed = False
@@ -1159,7 +1150,7 @@ class Asker:
         failures = 0
         while True:
             self.await_budget(1 + math.ceil(self.spare * self.reddit.budget.known.total))
-            self.reddit.doing = Doing(what)
+            self.reddit.doing = what, None
             try:
                 answer = ask()
             except AskAgain as exc:
@@ -1193,7 +1184,7 @@ class Asker:
         """Wait for something; with `once` not beyond the end of the patience."""
         now = self.clock.monotonic()
         seconds = min(seconds, self.gives_up_at - now) if self.once else seconds
-        self.reddit.doing = Doing(what, now + seconds)
+        self.reddit.doing = what, now + seconds
         self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
 
     def _failed(self, what: str, exc: RedpipeError, *, last: bool) -> None:
@@ -2037,7 +2028,7 @@ def check_exists(path: str) -> None:
 
 
 COUNT_PART = """SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?),
-    count(*), {} FROM posts WHERE rowid BETWEEN ? AND ? GROUP BY 1, 2"""
+    count(*), {} FROM posts WHERE _rowid_ BETWEEN ? AND ? GROUP BY 1, 2"""
 
 
 class Survey:
@@ -2055,7 +2046,7 @@ class Survey:
         self.erased = self.checked_utc = 0
         ((version,),) = connection.execute("PRAGMA user_version")
         sql = COUNT_PART.format("count(erased_utc), max(checked_utc)" if version > 1 else "0, 0")
-        ((last,),) = connection.execute("SELECT ifnull(max(rowid), 0) FROM posts")
+        ((last,),) = connection.execute("SELECT ifnull(max(_rowid_), 0) FROM posts")
         # A part at a time: to group all at once takes longer and hears no signals.
         for start in range(0, last + 1, PART):
             part = connection.execute(sql, (first_day - 1, start, start + PART - 1))
