@@ -705,7 +705,7 @@ def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, 
 def test_a_narrow_terminal_gets_as_much_of_the_line_as_fits(
     redpipe, fake_reddit, terminal, width, shown
 ):
-    add_posts(fake_reddit, range(997, 1000))
+    add_posts(fake_reddit, range(1997, 2000))
     terminal.resize(width)
     process = start_on(terminal, redpipe, "--interval=1", "posts.db", "python", **APP)
     wait_for(lambda: re.search(shown, terminal.read().decode()))
