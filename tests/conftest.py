@@ -172,7 +172,8 @@ def count_posts(database: Path) -> int:
 def wait_for_end(pid: int) -> float:
     """Wait until a process has ended; give the seconds, less those it waited for a processor."""
     began, others = time.monotonic(), kept_waiting(pid) + kept_waiting("self")
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with suppress(ChildProcessError):  # it has ended, and was waited for
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     others = kept_waiting(pid) + kept_waiting("self") - others
     return time.monotonic() - began - others
 

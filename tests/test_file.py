@@ -530,7 +530,7 @@ def test_a_second_import_changes_nothing(import_file, database):
     lines = [make_post(n) for n in range(1234)]
     assert import_file(*lines) == 1234
     first = rows(database, "*")
-    assert {row[-1] for row in first} == {1_790_000_000}
+    assert {row[-3] for row in first} == {1_790_000_000}
     assert import_file(*lines, clock=VirtualClock(1_800_000_000)) == 0
     assert rows(database, "*") == first
 

@@ -90,12 +90,6 @@ import docopt, pipeline, requests
 print(len(compiled))
 """
 
-LIMIT_FILES = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
 LEAVE_A_FILE_OPEN = """
 import os, runpy, signal, sys
 class Finder:
