@@ -1,29 +1,4 @@
-# The process: version, arguments, environment, signals, terminal, exit status. What follows
-# is the usage: --help prints it, docopt reads it.
-"""Keep a SQLite database of Reddit's new posts.
-
-Usage:
-  redpipe.pyz [options] [--field=SPEC]... [--] <database> [<subreddit>...]
-  redpipe.pyz (-h | --help)
-  redpipe.pyz --version
-
-Follows the subreddits (python, r/python or a+b; none means all of Reddit) until
-it is stopped, and stores each new post once. Started again, it goes on.
-
-Options:
-  --once              Store everything new since the last run, then exit (cron).
-  --from=FILE         Read posts from FILE, a JSON value a line; - is standard input.
-  --field=SPEC        Also store KEY, KEY.KEY or KEY:COLUMN. May be repeated.
-  --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
-  --print             Also write each new post to standard output, as a line of JSON.
-  --recheck=HOURS     Ask again about posts not asked about for HOURS, erase what
-                      was deleted on Reddit, refresh the fields, then exit.
-  --status            Show what is stored and how complete it is, then exit.
-  -q, --quiet         Say errors only.
-  -v, --verbose       Say what every poll did.
-
-Credentials come from the environment: see Credentials in README.
-"""
+"""The process: version, arguments, environment, signals, terminal, exit status."""
 
 import sys
 
@@ -58,6 +33,31 @@ else:
     pipeline = Late()
 
 VERSION = "2.0.0"
+
+# Not the docstring of this file, which python -OO leaves out.
+USAGE = """Keep a SQLite database of Reddit's new posts.
+
+Usage:
+  redpipe.pyz [options] [--field=SPEC]... [--] <database> [<subreddit>...]
+  redpipe.pyz (-h | --help)
+  redpipe.pyz --version
+
+Follows the subreddits (python, r/python or a+b; none means all of Reddit) until
+it is stopped, and stores each new post once. Started again, it goes on.
+
+Options:
+  --once              Store everything new since the last run, then exit (cron).
+  --from=FILE         Read posts from FILE, a JSON value a line; - is standard input.
+  --field=SPEC        Also store KEY, KEY.KEY or KEY:COLUMN. May be repeated.
+  --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
+  --print             Also write each new post to standard output, as a line of JSON.
+  --recheck=HOURS     Ask again about posts not asked about for HOURS, erase what
+                      was deleted on Reddit, refresh the fields, then exit.
+  --status            Show what is stored and how complete it is, then exit.
+  -q, --quiet         Say errors only.
+  -v, --verbose       Say what every poll did.
+
+Credentials come from the environment: see Credentials in README."""
 
 CONFLICTS = {  # none of the second goes with the first
     "--from": ("--once", "--recheck", "--status", "--interval", "--print"),
@@ -184,7 +184,7 @@ def parse_arguments(argv: "list[str]") -> "dict[str, Any]":
     from docopt import docopt
 
     try:  # without a database, too: what is wrong with the options is said first
-        arguments = docopt(__doc__.replace("<database>", "[<database>]"), argv, default_help=False)
+        arguments = docopt(USAGE.replace("<database>", "[<database>]"), argv, default_help=False)
     except SystemExit as error:
         check_options({word.partition("=")[0] for word in argv})
         said = str(error).partition("\n")[0]
@@ -519,7 +519,7 @@ class Run:
 def run(argv: "list[str]", signals: Signals, console: Console) -> None:
     """Do what the command line asks for."""
     if {"-h", "--help", "--version"} & set(argv):
-        say([f"redpipe {VERSION}" if "--version" in argv else __doc__.rstrip()], signals)
+        say([f"redpipe {VERSION}" if "--version" in argv else USAGE], signals)
         return
     arguments = parse_arguments(argv)
     run = Run(arguments, signals, console)

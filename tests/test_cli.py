@@ -231,7 +231,7 @@ def test_an_empty_file_name_does_not_mean_reddit(main, database):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["posts.db", "--once", "-h"]])
 def test_help_goes_to_standard_output(redpipe, program, arguments):
-    assert redpipe(*arguments) == (0, program.__doc__, "")
+    assert redpipe(*arguments) == (0, f"{program.USAGE}\n", "")
 
 
 def test_the_version_goes_to_standard_output(redpipe, program):
