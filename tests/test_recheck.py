@@ -508,7 +508,8 @@ def said(reddit, answer, asked, dice):
         return NO_ANSWERS[answer]
     known = [post for name in asked if (post := reddit.posts.get(name))]
     dice.shuffle(known)
-    return reply(200, listing([thing(post) for post in known[int(answer * len(asked)) :]]))
+    left_out = int(answer * len(asked)) + (answer > 0.5)  # more than half, of two posts, too
+    return reply(200, listing([thing(post) for post in known[left_out:]]))
 
 
 @settings(max_examples=60, deadline=None)
