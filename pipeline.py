@@ -499,8 +499,9 @@ def feed_thing(root: str, entry: str) -> dict[str, Any]:
     """Return what follows `<entry` as a listing's child; of no kind if it cannot be read."""
     from xml.etree import ElementTree
 
-    before, _, content = entry.partition("<content")  # most of the text, and of no use
-    entry = before + content.partition("</content>")[2]
+    if "</content>" in entry:  # most of the text, and of no use
+        before, _, content = entry.partition("<content")
+        entry = before + content.partition("</content>")[2]
     entry = f"{root}<entry{entry.partition('</entry>')[0]}</entry></feed>"
     try:
         feed = ElementTree.fromstring(_FORBIDDEN.sub("\ufffd", _REFERENCE.sub(meant, entry)))
@@ -970,8 +971,7 @@ class Reddit:
 
 # --- Walking back -------------------------------------------------------------
 
-Ask = Callable[[str | None], Page]
-"""Asks for the page behind an anchor, or for the newest one."""
+Ask = Callable[[str | None], Page]  # for the page behind an anchor, or for the newest one
 
 EARLIER = (1, 8, 64, 512)  # items above the last one read whose anchors are tried
 FEW = 10  # posts; a page with fewer has room for more, and so many are never all misplaced
@@ -1142,7 +1142,7 @@ class Asker:
         self.waited = 0.0  # seconds, for the budget
         self.exhausted = ""
 
-    def answer(self, what: str, ask: Callable[[], T], tries: int, rate: float) -> T:
+    def answer(self, what: str, ask: Callable[[], T], tries: float, rate: float) -> T:
         """Ask until there is an answer; raise Unanswered after so many failures.
 
         `what` is being done, in words. `rate`: posts a second of the busiest listing.
@@ -1434,7 +1434,7 @@ def recheck(
     before = int(asker.clock.time() - hours * 3600)
     count = sum(1 for _ in database.due(before, names))
     yield Counter(due=count)
-    for tries in (TRIES, 1000) if count else ():
+    for tries in (TRIES, math.inf) if count else ():
         complete, due = True, database.due(before, names)
         while ids := list(itertools.islice(due, PAGE)):
             try:
@@ -1450,7 +1450,7 @@ def recheck(
 
 
 def ask_again(
-    asker: Asker, database: Database, ids: Sequence[str], fields: Sequence[Field], tries: int
+    asker: Asker, database: Database, ids: Sequence[str], fields: Sequence[Field], tries: float
 ) -> Counter[str]:
     """Ask about posts, store what the answer says, and count; raise Unanswered.
 
