@@ -73,7 +73,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "feed": {"minutes": 20},
     "feed-kills": {"minutes": 60, "kills": 3},
     "feed-young": {"minutes": 60, "kills": 3},
-    "many": {"minutes": 3, "tail": 450},
+    "many": {"minutes": 3},
     "forty": {"minutes": 30},
     "forty-slow": {"minutes": 60},
     "forty-mixed": {"minutes": 60},
