@@ -24,6 +24,7 @@ import heapq
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -254,7 +255,7 @@ def make_post(
     return {key: value for key, value in post.items() if value is not ...}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Item:
     """Keep one post of the listings and where it stands in them."""
 
@@ -262,6 +263,7 @@ class Item:
     post: Post
     removed: bool = False
     json: str = ""
+    atom: str = ""
 
     @property
     def fullname(self) -> str:
@@ -272,6 +274,14 @@ class Item:
         """Give the child for a listing, written only once."""
         self.json = self.json or thing(self.post)
         return self.json
+
+    def as_atom(self) -> str:
+        """Give the entry for a feed, written only once."""
+        self.atom = self.atom or atom_entry(self.post)
+        return self.atom
+
+
+PLACE = operator.attrgetter("key")
 
 
 def iso(utc: float) -> str:
@@ -311,8 +321,12 @@ def atom_entry(post: Post) -> str:
 
 def atom_feed(posts: Iterable[Post], names: str, now: float) -> bytes:
     """Write a feed of posts."""
+    return atom_around(map(atom_entry, posts), names, now)
+
+
+def atom_around(entries: Iterable[str], names: str, now: float) -> bytes:
+    """Write a feed around entries, as `atom_entry` makes them."""
     site = f"https://www.reddit.com/r/{names}/new/"
-    entries = "".join(map(atom_entry, posts))
     return (
         '<?xml version="1.0" encoding="UTF-8"?><feed xmlns="http://www.w3.org/2005/Atom"'
         ' xmlns:media="http://search.yahoo.com/mrss/">'
@@ -321,7 +335,7 @@ def atom_feed(posts: Iterable[Post], names: str, now: float) -> bytes:
         f'<link rel="self" href="{site}.rss" type="application/atom+xml" />'
         f'<link rel="alternate" href="{site}" type="text/html" />'
         f"<subtitle>An invented place</subtitle><title>newest submissions : {names}</title>"
-        f"{entries}</feed>"
+        f"{''.join(entries)}</feed>"
     ).encode()
 
 
@@ -352,7 +366,7 @@ class Budget:
 
     def spend(self, now: float, requests: int = 1) -> bool:
         """Count requests made now; tell whether the budget still allows them."""
-        began = now - (now - self.phase) % self.window
+        began = (now - self.phase) // self.window * self.window + self.phase
         if began != self.began:
             self.began, self.spent = began, 0
         self.spent += requests
@@ -626,7 +640,7 @@ class FakeReddit:
         self.listed.setdefault(identifier, utc)
         for name in {"all", str(item.post.get("subreddit", "all")).lower()}:
             window = self._windows.setdefault(name, [])
-            bisect.insort(window, item, key=lambda other: other.key)
+            bisect.insort(window, item, key=PLACE)
             del window[: -self.depth]
 
     def _listed_items(self, name: str) -> list[Item]:
@@ -806,30 +820,29 @@ class FakeReddit:
 
     def _page_of(self, source: str, name: str, query: dict[str, str]) -> Reply:
         """Answer with one page."""
-        page, after = self._slice(self._listed_items(name.lower()), query)
+        page, after = self._slice(name.lower(), query)
         if "feed" in source:
-            feed = atom_feed((item.post for item in page), name, self.clock.time())
+            feed = atom_around([item.as_atom() for item in page], name, self.clock.time())
             return reply(200, self.feed_filter(feed) if self.feed_filter else feed, ATOM)
         body = listing([item.as_json() for item in page], after)
         return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
 
-    def _slice(self, items: list[Item], query: dict[str, str]) -> tuple[list[Item], str | None]:
+    def _slice(self, name: str, query: dict[str, str]) -> tuple[list[Item], str | None]:
         """Cut the page out of a listing; give the anchor of the next one with it.
 
         An anchor that was removed gives an empty page, one that never was is ignored.
         """
-        limit = _limit(query.get("limit", ""))
-        names = [item.fullname for item in items]
-        after, start = query.get("after"), 0
-        if self._known(after):
-            start = names.index(after) + 1 if after in names else len(items)
+        items, limit, start = self._listed_items(name), _limit(query.get("limit", "")), 0
+        if self._known(anchor := query.get("after", "")):
+            item = self._items.get(anchor[3:])
+            start = items.index(item) + 1 if item in items else len(items)
         page = items[start : start + limit]
         more = bool(page) and start + len(page) < len(items)
         return page, page[-1].fullname if more else None
 
-    def _known(self, anchor: str | None) -> bool:
+    def _known(self, anchor: str) -> bool:
         """Tell whether an anchor is the fullname of a post that there ever was."""
-        return anchor is not None and anchor[:3] == "t3_" and anchor[3:] in self.posts
+        return anchor[:3] == "t3_" and anchor[3:] in self.posts
 
     def _recorded_page(self, query: dict[str, str]) -> bytes:
         """Take the next recorded listing for a newest page; below it is only the rest of it."""

@@ -17,8 +17,8 @@ import pytest
 
 import pipeline
 from simulation import (
+    FEED,
     SCENARIOS,
-    Ended,
     Model,
     Named,
     Outage,
@@ -26,14 +26,15 @@ from simulation import (
     Result,
     Run,
     Scenario,
-    base36,
     figures,
     is_inside,
     log_normal,
     missed_bars,
+    no_jitter,
     search,
     simulate,
 )
+from virtual import Ended
 
 SHORT: dict[str, dict[str, Any]] = {
     "all": {},
@@ -137,7 +138,7 @@ def test_a_busy_name_hides_no_quiet_one(tmp_path: Any) -> None:
     assert {gap.subreddit for gap, _ in run.gaps} == {"busy"}, f"seed {seed!r}"
     lost = [
         post
-        for post in run.model.posts
+        for post in run.model.plan.values()
         if run.model.start + 60 < post.created < post.listed < run.end
         and post.id not in run.committed
         and post.id not in run.model.removed
@@ -148,36 +149,33 @@ def test_a_busy_name_hides_no_quiet_one(tmp_path: Any) -> None:
 
 def test_drawn_worlds_have_no_holes_and_no_false_gaps() -> None:
     seed = int(os.environ.get("REDPIPE_SEED") or random.SystemRandom().randrange(10**9))
-    assert search(1, seed) == 0
+    assert search(1, seed, longest=30) == 0
 
 
-# The model
+# The model, where it is more than a FakeReddit
 
 
 STILL = Scenario(
     "posts that are listed at once and stay",
     {"a": 1.0},
     10,
-    jitter=lambda _: 0.0,
-    follow=("a",),
+    {},
+    no_jitter,
+    token=False,
     late=0.0,
     vanish=0.0,
 )
 
 
-def model_of(scenario: Scenario, seed: int = 1) -> Model:
-    """Make a world whose network has no outage but those of the scenario."""
-    return Model(scenario, random.Random(seed))
+def model_of(**more: Any) -> Model:
+    """Make a world without tokens, that is still but for what is said."""
+    return Model(STILL._replace(**more), random.Random(1))
 
 
-def ask(model: Model, names: str = "a", **params: str) -> pipeline.Answer:
-    """Ask for a page with a token that was just handed out."""
-    token = pipeline.Request(
-        "POST", "https://www.reddit.com/api/v1/access_token", {}, {"Authorization": "Basic"}, {}
-    )
-    headers = {"Authorization": f"bearer {json.loads(model.fetch(token).body)['access_token']}"}
-    url = f"https://oauth.reddit.com/r/{names}/new"
-    return model.fetch(pipeline.Request("GET", url, {"limit": "100", **params}, headers))
+def ask(model: Model, **params: str) -> pipeline.Answer:
+    """Ask for a page as a client without a token does."""
+    url = "https://www.reddit.com/r/a/new/.json"
+    return model.fetch(pipeline.Request("GET", url, {"limit": "100", **params}, {}))
 
 
 def ids(answer: pipeline.Answer) -> list[str]:
@@ -185,150 +183,72 @@ def ids(answer: pipeline.Answer) -> list[str]:
     return [child["data"]["id"] for child in json.loads(answer.body)["data"]["children"]]
 
 
-def walk(model: Model, names: str = "a") -> list[str]:
-    """Page to the end of a listing, newest first, while no time passes."""
-    model.advance()
-    walked: list[str] = []
-    after = "t3_newest"
-    while after:
-        posts, after = model.page(frozenset(names.split("+")), after, 100)
-        walked += [post.id for post in posts]
-    return walked
-
-
-def test_base36_counts_as_reddit_does() -> None:
-    assert [base36(number) for number in (0, 35, 36, 36**6)] == ["0", "z", "10", "1000000"]
-
-
-def test_a_listing_shows_the_thousand_newest_posts_newest_first() -> None:
-    model = model_of(STILL)
-    walked = walk(model)
-    shown = [post.id for post in model.posts if post.listed <= model.clock.now]
-    assert len(walked) == 1000
-    assert walked[0] in shown[-10:]
-    assert walked == sorted(walked, reverse=True)
-
-
-def test_a_page_is_a_hundred_posts_at_the_most() -> None:
-    assert len(ids(ask(model_of(STILL), limit="500"))) == 100
-
-
-def test_an_anchor_that_vanished_gives_an_empty_page() -> None:
-    model = model_of(STILL)
-    first = ids(ask(model))
-    model.remove(model.by_name[f"t3_{first[-1]}"], model.clock.now)
-    assert ids(ask(model, after=f"t3_{first[-1]}")) == []
-    assert len(ids(ask(model, after=f"t3_{first[-2]}"))) == 100
-
-
 def test_an_anchor_can_vanish_between_two_pages() -> None:
-    model = model_of(STILL._replace(lost_anchors=1.0))
-    last = ids(ask(model))[-1]
-    assert ids(ask(model, after=f"t3_{last}")) == []
+    for chance, length in ((0.0, 100), (1.0, 0)):
+        model = model_of(lost_anchors=chance)
+        assert len(ids(ask(model, after=f"t3_{ids(ask(model))[-1]}"))) == length
 
 
-def test_an_anchor_that_was_never_posted_gives_the_newest_page() -> None:
-    assert len(ids(ask(model_of(STILL), after="t3_zzz"))) == 100
+@pytest.mark.parametrize(("thinned", "left"), [(False, 1000), (True, 900)])
+def test_where_a_post_was_removed_an_older_one_comes_back_or_its_place_stays_empty(
+    thinned: bool, left: int
+) -> None:
+    model = model_of(thinned=thinned)
+    removed = model.listing_ids("a")[400:500]
+    for post_id in removed:
+        model.remove(post_id)
+    listed = model.listing_ids("a")
+    assert len(listed) == left
+    assert not set(listed) & set(removed)
+    assert listed == sorted(listed, reverse=True)
+
+
+@pytest.mark.parametrize("on_top", [False, True])
+def test_a_late_post_appears_at_the_place_of_its_creation_or_on_top(on_top: bool) -> None:
+    model = model_of(late=0.5, history=50, on_top=on_top)
+    posts = model.plan.values()
+    late = next(post for post in posts if post.is_late and post.created > model.start)
+    model.clock.set(late.listed - 1)
+    assert late.id not in model.listing_ids("a")
+    model.clock.set(late.listed)
+    listed = model.listing_ids("a")
+    assert (late.id in listed, late.id in listed[:10]) == (True, on_top)
+    assert (listed == sorted(listed, reverse=True)) is not on_top
 
 
 def test_the_feed_holds_what_the_listing_does_where_anonymous_json_is_blocked() -> None:
-    model = model_of(STILL._replace(token=False, headers=False, feed=True))
-
-    def get(end: str) -> pipeline.Answer:
-        url = f"https://www.reddit.com/r/a/new/{end}"
-        return model.fetch(pipeline.Request("GET", url, {"limit": "100"}, {}))
-
-    feed = pipeline.read_feed(get(".rss").body, 0.0)
-    assert get(".json").status == 403
+    model = model_of(**FEED)
+    request = pipeline.Request("GET", "https://www.reddit.com/r/a/new/.rss", {"limit": "100"}, {})
+    feed = pipeline.read_feed(model.fetch(request).body, 0.0)
     assert feed
-    assert [post["id"] for post in feed.posts] == walk(model)[:100]
-
-
-def test_a_removed_post_is_listed_no_more_and_an_older_one_comes_back() -> None:
-    model = model_of(STILL)
-    before = walk(model)
-    model.remove(model.by_name[f"t3_{before[500]}"], model.clock.now)
-    after = walk(model)
-    assert before[500] not in after
-    assert len(after) == 1000
-
-
-def test_a_thinned_listing_is_shorter_by_what_was_removed() -> None:
-    model = model_of(STILL._replace(thinned=True))
-    for post_id in walk(model)[400:500]:
-        model.remove(model.by_name[f"t3_{post_id}"], model.clock.now)
-    assert len(walk(model)) == 900
-
-
-def test_a_late_post_appears_at_the_place_of_its_creation() -> None:
-    model = model_of(STILL._replace(late=0.5, history=50))
-    late = next(post for post in model.posts if post.is_late and post.created > model.start)
-    model.clock.now = late.listed - 1
-    early = walk(model)
-    model.clock.now = late.listed
-    walked = walk(model)
-    assert late.id not in early
-    assert late.id in walked
-    assert walked == sorted(walked, reverse=True)
-
-
-def test_a_late_post_on_top_stands_above_newer_ones() -> None:
-    model = model_of(STILL._replace(late=0.5, history=50, on_top=True))
-    late = next(post for post in model.posts if post.is_late and post.created > model.start)
-    model.clock.now = late.listed
-    assert late.id in walk(model)[:10]
-
-
-def test_the_headers_are_those_of_reddit_and_the_budget_ends_in_429() -> None:
-    model = model_of(STILL._replace(budget=2))
-    answers = [ask(model) for _ in range(3)]
-    assert [answer.status for answer in answers] == [200, 200, 429]
-    assert [answer.headers["x-ratelimit-used"] for answer in answers] == ["1", "2", "3"]
-    remaining = [answer.headers["x-ratelimit-remaining"] for answer in answers]
-    assert remaining == ["1.0", "0.0", "0.0"]
-    assert model.refusals == 1
-
-
-def test_a_new_window_gives_the_budget_back() -> None:
-    model = model_of(STILL._replace(budget=1))
-    reset = int(ask(model).headers["x-ratelimit-reset"])
-    assert 0 <= reset <= 600
-    assert ask(model).status == 429
-    model.clock.now += reset + 1
-    assert ask(model).status == 200
+    assert [post["id"] for post in feed.posts] == model.listing_ids("a")[:100]
+    assert ask(model).status == 403
 
 
 def test_another_client_takes_its_share_by_the_end_of_the_window() -> None:
-    model = model_of(STILL._replace(budget=100, other=0.5))
+    model = model_of(budget=100, other=0.5)
     reset = int(ask(model).headers["x-ratelimit-reset"])
-    model.clock.now += reset - 2
+    model.clock.advance(reset - 2)
     assert 48 <= int(ask(model).headers["x-ratelimit-used"]) - 2 <= 50
 
 
-def test_without_headers_the_budget_still_counts() -> None:
-    model = model_of(STILL._replace(budget=1, headers=False))
-    assert [dict(ask(model).headers).keys() & {"x-ratelimit-used"} for _ in range(2)] == [set()] * 2
-    assert ask(model).status == 429
+def test_past_the_budget_a_request_is_refused_and_counted() -> None:
+    model = model_of(budget=2)
+    assert [ask(model).status for _ in range(3)] == [200, 200, 429]
+    assert (model.asked, model.refusals) == (3, 1)
 
 
 @pytest.mark.parametrize(("hanging", "seconds"), [(False, 0.01), (True, 10.0)])
 def test_an_outage_costs_what_it_says(hanging: bool, seconds: float) -> None:
-    model = model_of(STILL._replace(outages=(Outage(45, hanging),)))
+    model = model_of(outages=(Outage(45, hanging),))
     begin, end, _ = model.outages[0]
     assert end - begin == 45
-    model.clock.now = begin
+    model.clock.set(begin)
     with pytest.raises(pipeline.Failed):
         ask(model)
     assert math.isclose(model.clock.now - begin, seconds, abs_tol=1e-5)
-    model.clock.now = end
+    model.clock.set(end)
     assert ask(model).status == 200
-
-
-def test_an_unknown_token_is_refused() -> None:
-    model = model_of(STILL)
-    headers = {"authorization": "bearer old"}
-    request = pipeline.Request("GET", "https://oauth.reddit.com/r/a/new", {}, headers)
-    assert model.fetch(request).status == 401
 
 
 def test_the_log_normal_jitter_has_the_quantiles_it_promises() -> None:
@@ -338,19 +258,18 @@ def test_the_log_normal_jitter_has_the_quantiles_it_promises() -> None:
     assert 15 < drawn[99_000] < 17
 
 
+def test_a_tenth_of_the_posts_vanishes_and_some_come_late() -> None:
+    posts = Model(Scenario("by default", {"a": 10.0}, 60, {}), random.Random(1)).plan.values()
+    assert 0.09 < sum(post.vanishes < math.inf for post in posts) / len(posts) < 0.11
+    assert 0.015 < sum(post.is_late for post in posts) / len(posts) < 0.020
+
+
 def test_the_clock_ends_the_run() -> None:
-    model = model_of(STILL)
+    model = model_of()
     model.clock.end = model.start + 10
     with pytest.raises(Ended):
         model.clock.sleep(11)
     assert model.clock.now == model.start + 10
-
-
-def test_a_tenth_of_the_posts_vanishes_and_some_come_late() -> None:
-    model = model_of(Scenario("by default", {"a": 10.0}, 60))
-    posts = len(model.posts)
-    assert 0.09 < sum(post.vanishes < math.inf for post in model.posts) / posts < 0.11
-    assert 0.015 < sum(post.is_late for post in model.posts) / posts < 0.020
 
 
 # The figures
@@ -361,29 +280,26 @@ def post_at(created: float, listed: float) -> Post:
     return Post(created, "x", created, listed, math.inf, "a")
 
 
-def test_both_bounds_of_a_gap_are_inside_it() -> None:
+def test_a_gap_covers_its_bounds_and_its_name_and_one_of_all_every_name() -> None:
     found = [is_inside(post_at(at, at), "a", 100, 200) for at in (99.9, 100.0, 200.9, 201.0)]
     assert found == [False, True, True, False]
+    found = [is_inside(post_at(150, 150), name, 100, 200) for name in ("a", "all", "b")]
+    assert found == [True, True, False]
 
 
-def test_a_gap_of_all_covers_every_name_and_another_name_none() -> None:
-    post = post_at(150, 150)
-    assert is_inside(post, "all", 100, 200)
-    assert not is_inside(post, "b", 100, 200)
-
-
-def test_a_gap_is_false_if_a_walk_got_back_behind_it(tmp_path: Any) -> None:
+def test_a_gap_is_false_if_a_walk_got_back_behind_it_or_the_listing_hides_nothing(
+    tmp_path: Any,
+) -> None:
     run = Run(STILL, "1", tmp_path)
-    walk(run.model)
-    oldest = int(run.model.listing(frozenset("a"))[0].created)
+    after = {}
+    for _ in range(10):
+        after = {"after": f"t3_{ids(ask(run.model, **after))[-1]}"}
+    oldest = int(run.model.plan[after["after"][3:]].created)
     gap = Named("a", oldest + 60, oldest + 80, 0)
     assert run.got_back(gap)
     assert not run.got_back(gap._replace(after_utc=oldest - 10))
-
-
-def test_a_gap_is_false_if_the_listing_hides_nothing(tmp_path: Any) -> None:
     run = Run(STILL._replace(history=50, minutes=1), "1", tmp_path)
-    walk(run.model)
+    ask(run.model)
     assert run.got_back(Named("a", 0, 20, 0))
 
 
