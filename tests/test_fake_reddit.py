@@ -16,8 +16,6 @@ import requests
 
 import pipeline
 from fake_reddit import (
-    DRIP,
-    GIANT,
     HANG,
     INSTALLED,
     REFUSE,
@@ -25,9 +23,7 @@ from fake_reddit import (
     TRUNCATE,
     Budget,
     FakeReddit,
-    block_page,
     listing,
-    login_page,
     make_post,
     reply,
     thing,
@@ -88,15 +84,11 @@ def bearer(reddit):
 
 
 def test_a_listing_is_newest_first_and_after_leads_on_to_the_older_ones(reddit):
-    ids = fill(reddit, 5)
+    ids = fill(reddit, 4)
     assert page(reddit, limit="2") == (ids[:2], f"t3_{ids[1]}")
-    assert page(reddit, limit="2", after=f"t3_{ids[1]}") == (ids[2:4], f"t3_{ids[3]}")
-    assert page(reddit, limit="2", after=f"t3_{ids[3]}") == (ids[4:], None)
-
-
-def test_a_page_that_ends_with_the_listing_has_no_after(reddit):
-    ids = fill(reddit, 2)
-    assert page(reddit, limit="2") == (ids, None)
+    assert page(reddit, limit="2", after=f"t3_{ids[1]}") == (ids[2:], None)
+    assert page(reddit, limit="2", after=f"t3_{ids[3]}") == ([], None)
+    assert page(reddit, "pYTHON", limit="3")[0] == ids[:3]
 
 
 @pytest.mark.parametrize(
@@ -106,12 +98,6 @@ def test_a_page_that_ends_with_the_listing_has_no_after(reddit):
 def test_limit_is_25_unless_told_and_between_1_and_100(reddit, limit, length):
     fill(reddit, 120)
     assert len(page(reddit, limit=limit)[0]) == length
-
-
-def test_an_anchor_that_was_removed_gives_an_empty_page(reddit):
-    ids = fill(reddit, 5)
-    reddit.remove(ids[1])
-    assert page(reddit, after=f"t3_{ids[1]}") == ([], None)
 
 
 @pytest.mark.parametrize("anchor", ["", "x", "t3_", "t3_zzzzzz", "t1_1tq0001", "1tq0001"])
@@ -127,55 +113,34 @@ def test_1000_places_are_listed_and_removed_posts_leave_theirs_empty(reddit):
     listed = reddit.listing_ids()
     assert len(listed) == 900
     assert listed[-1] == ids[999]
-    assert page(reddit, after=f"t3_{ids[1000]}") == ([], None)
-
-
-def test_names_are_found_in_any_case(reddit):
-    ids = fill(reddit, 2, "Python")
-    assert page(reddit, "pYTHON")[0] == ids
+    for anchor in (ids[10], ids[1000]):  # removed, and pushed out
+        assert page(reddit, after=f"t3_{anchor}") == ([], None)
 
 
 def test_three_characters_come_escaped_without_raw_json(reddit):
-    reddit.add(make_post(1, START, title="a < b & c > d"))
-    escaped = json.loads(get(reddit, "/r/python/new/.json")[2])
-    assert escaped["data"]["children"][0]["data"]["title"] == "a &lt; b &amp; c &gt; d"
-    raw = json.loads(get(reddit, "/r/python/new/.json", raw_json="1")[2])
-    assert raw["data"]["children"][0]["data"]["title"] == "a < b & c > d"
+    name = f"t3_{reddit.add(make_post(1, START, title='a < b & c > d'))['id']}"
+    for path, query in (("/r/python/new", {}), ("/api/info", {"id": name})):
+        assert b'"a &lt; b &amp; c &gt; d"' in get(reddit, path, bearer(reddit), **query)[2]
+        raw = get(reddit, path, bearer(reddit), **query, raw_json="1")[2]
+        assert b'"a < b & c > d"' in raw
 
 
-def test_a_late_post_appears_in_its_time_at_its_place(reddit, clock):
-    late, early = make_post(1, START), make_post(2, START + 1)
+def test_a_post_appears_and_goes_in_its_time_at_its_place(reddit, clock):
+    late, early, top = make_post(1, START), make_post(2, START + 1), make_post(3, START - 9)
     reddit.add(early)
     reddit.add(late, visible_utc=START + 60)
-    assert reddit.listing_ids() == [early["id"]]
+    reddit.add(top, rank=START + 9)
+    never = reddit.add(make_post(4, START), visible_utc=START + 60)
+    reddit.remove(never["id"])
+    reddit.remove(early["id"], utc=START + 70)
+    assert reddit.listing_ids() == [top["id"], early["id"]]
     clock.sleep(60)
-    assert reddit.listing_ids() == [early["id"], late["id"]]
-    assert reddit.listed == {early["id"]: START, late["id"]: START + 60}
-
-
-def test_a_late_post_can_stand_above_newer_ones(reddit):
-    newer, older = make_post(2, START + 500), make_post(1, START)
-    reddit.add(newer)
-    reddit.add(older, rank=START + 600)
-    assert reddit.listing_ids() == [older["id"], newer["id"]]
-
-
-def test_a_removal_can_be_planned_and_a_removed_post_come_back(reddit, clock):
-    post = reddit.add(make_post(1, START))
-    reddit.remove(post["id"], utc=START + 10)
-    assert reddit.listing_ids() == [post["id"]]
+    assert reddit.listing_ids() == [top["id"], early["id"], late["id"]]
+    assert reddit.listed == {early["id"]: START, top["id"]: START, late["id"]: START + 60}
     clock.sleep(10)
-    assert reddit.listing_ids() == []
-    reddit.add(post)
-    assert reddit.listing_ids() == [post["id"]]
-
-
-def test_a_post_that_is_removed_before_it_is_visible_is_never_listed(reddit, clock):
-    post = reddit.add(make_post(1, START), visible_utc=START + 10)
-    reddit.remove(post["id"])
-    clock.sleep(20)
-    assert reddit.listing_ids() == []
-    assert reddit.listed == {}
+    assert reddit.listing_ids() == [top["id"], late["id"]]
+    reddit.add(early)
+    assert reddit.listing_ids() == [top["id"], early["id"], late["id"]]
 
 
 def test_posts_arrive_by_themselves_and_late_as_told(reddit, clock):
@@ -190,11 +155,6 @@ def test_posts_arrive_by_themselves_and_late_as_told(reddit, clock):
     assert lateness <= {3, 4}  # created_utc has no fraction
     assert {post["subreddit"] for post in reddit.posts.values()} == {"python", "rust"}
     assert 1 <= sum(post["author"] == "[deleted]" for post in reddit.posts.values()) <= 25
-
-
-def test_posts_that_arrived_before_the_server_are_there_at_once(reddit):
-    reddit.grow(1.0, start=START - 100)
-    assert 70 < len(reddit.listing_ids("python")) < 130
 
 
 # -- access
@@ -232,29 +192,22 @@ def test_a_bad_request_for_a_token_is_refused(reddit, credentials, form, status,
     assert (answer.status, json.loads(answer.body)["error"]) == (status, error)
 
 
-def test_the_token_endpoint_can_say_any_error_with_status_200(reddit):
-    reddit.token_error = "invalid_grant"
-    answer = ask_token(reddit)
-    assert (answer.status, answer.body) == (200, b'{"error": "invalid_grant"}')
-
-
-@pytest.mark.parametrize("headers", [{}, {"authorization": "bearer x"}, {"authorization": "x"}])
-def test_a_listing_without_a_valid_token_is_401(reddit, headers):
-    fill(reddit, 1)
-    assert get(reddit, "/r/python/new", headers)[0] == 401
-
-
-def test_a_token_ends_in_its_time_or_when_revoked(reddit, clock):
+def test_a_listing_wants_a_token_that_has_not_ended_or_been_revoked(reddit, clock):
     fill(reddit, 1)
     reddit.token_lifetime = 3600
     headers = bearer(reddit)
+
+    def statuses(*of):
+        return [get(reddit, "/r/python/new", one)[0] for one in of]
+
     clock.sleep(3599)
-    assert get(reddit, "/r/python/new", headers)[0] == 200
+    assert statuses({}, {"authorization": "bearer x"}, {"authorization": "x"}) == [401] * 3
+    assert statuses(headers) == [200]
     clock.sleep(1)
-    assert get(reddit, "/r/python/new", headers)[0] == 401
+    assert statuses(headers) == [401]
     headers = bearer(reddit)
     reddit.revoke_tokens()
-    assert get(reddit, "/r/python/new", headers)[0] == 401
+    assert statuses(headers) == [401]
 
 
 def test_a_missing_subreddit_leads_to_the_search_which_lists_t5(reddit):
@@ -265,27 +218,16 @@ def test_a_missing_subreddit_leads_to_the_search_which_lists_t5(reddit):
     assert [child["kind"] for child in kinds] == ["t5"]
 
 
-@pytest.mark.parametrize(
-    ("why", "status", "message"),
-    [
-        ("private", 403, "Forbidden"),
-        ("quarantined", 403, "Forbidden"),
-        ("gated", 403, "Forbidden"),
-        ("banned", 404, "Not Found"),
-    ],
-)
-@pytest.mark.parametrize("reasons", [True, False])
-def test_a_subreddit_can_be_refused_and_opened_again(reddit, why, status, message, reasons):
+@pytest.mark.parametrize("why", ["private", "quarantined", "gated", "banned"])
+def test_a_subreddit_can_be_refused_and_opened_again(reddit, why):
     ids = fill(reddit, 1)
-    reddit.reasons = reasons
     reddit.refuse("Python", why)
+    error = {"reason": why, "message": "Forbidden", "error": 403}
+    if why == "banned":
+        error |= {"message": "Not Found", "error": 404}
     for path in ("/r/python/new/.json", "/r/python/new/.rss"):
         answer = get(reddit, path)
-        said = {"reason": why} if reasons else {}
-        assert (answer[0], json.loads(answer[2])) == (
-            status,
-            {**said, "message": message, "error": status},
-        )
+        assert (answer[0], json.loads(answer[2])) == (error["error"], error)
     reddit.refuse("python", "")
     assert page(reddit, "python")[0] == ids
 
@@ -294,11 +236,8 @@ def test_anonymous_json_can_be_blocked_by_a_page_of_190_kb(reddit):
     fill(reddit, 1)
     reddit.anonymous_json_blocked = True
     status, headers, body = get(reddit, "/r/python/new/.json")
-    assert (status, headers["content-type"], len(body)) == (
-        403,
-        "text/html; charset=UTF-8",
-        190_000,
-    )
+    assert (status, headers["content-type"]) == (403, "text/html; charset=UTF-8")
+    assert (len(body), body[:9]) == (190_000, b"<!doctype")
     assert get(reddit, "/r/python/new/.rss")[0] == 200
     assert get(reddit, "/r/python/new", bearer(reddit))[0] == 200
 
@@ -320,9 +259,6 @@ def test_a_feed_token_opens_a_feed_that_is_blocked_and_has_a_budget_of_its_own(r
 def test_other_paths_are_404(reddit, path):
     fill(reddit, 1)
     assert get(reddit, path)[0] == 404
-
-
-# -- the feed
 
 
 # -- posts by their fullnames
@@ -349,13 +285,6 @@ def test_more_than_100_posts_at_once_are_too_many(reddit):
     names = [f"t3_{one}" for one in fill(reddit, 101)]
     assert info(reddit, *names)[0] == 400
     assert len(info(reddit, *names[:100])[1]) == 100
-
-
-def test_posts_come_escaped_without_raw_json(reddit):
-    reddit.add(make_post(1, title="<&>"))
-    name = f"t3_{next(iter(reddit.posts))}"
-    _, _, body = get(reddit, "/api/info", bearer(reddit), id=name)
-    assert b"&lt;&amp;&gt;" in body
 
 
 def test_a_post_that_is_gone_is_not_listed_and_asked_for_shows_less(reddit):
@@ -392,12 +321,8 @@ def test_the_feed_says_what_reddits_says(reddit):
     assert ordinary.find(f"{atom}link").attrib == {
         "href": "https://www.reddit.com/r/python/comments/1tq0001/invented_post_number_1/"
     }
-
-
-def test_the_feed_is_paged_like_the_listing(reddit):
-    ids = fill(reddit, 5)
-    body = get(reddit, "/r/python/new/.rss", limit="2", after=f"t3_{ids[1]}")[2].decode()
-    assert re.findall("<id>t3_(.*?)</id>", body) == ids[2:4]
+    body = get(reddit, "/r/python/new/.rss", limit="2", after="t3_1tq0002")[2].decode()
+    assert re.findall("<id>t3_(.*?)</id>", body) == ["1tq0001"]
 
 
 # -- the budget
@@ -420,30 +345,24 @@ def test_the_budget_is_told_as_reddit_tells_it(reddit, clock):
     assert budget_of(get(reddit, "/r/python/new/.json")) == ("1", "2.0", "600")
 
 
-def test_windows_can_begin_anywhere_and_be_of_any_length(reddit, clock):
+def test_windows_are_of_any_length_and_begin_anywhere(reddit, clock):
     fill(reddit, 1)
-    clock.set(START)
-    reddit.budgets["json"] = Budget(total=10, window=100, phase=30)
-    assert budget_of(get(reddit, "/r/python/new/.json")) == ("1", "9.0", "30")
+    reddit.budgets["json"] = Budget(total=10, window=100, phase=30.1)
+    expected = [("1", "9.0", "31"), ("2", "8.0", "1"), ("1", "9.0", "100"), ("2", "8.0", "70")]
+    for seconds, told in zip((0, 30.05, 0.1, 30), expected, strict=True):
+        clock.sleep(seconds)
+        assert budget_of(get(reddit, "/r/python/new/.json")) == told
 
 
 def test_another_client_can_use_part_of_the_budget(reddit, clock):
     fill(reddit, 1)
-    clock.set(START + 200)
     reddit.budgets["json"] = Budget(total=100, others=0.1)
+    clock.set(START + 200)
     assert budget_of(get(reddit, "/r/python/new/.json")) == ("41", "59.0", "200")
     clock.sleep(50)
     assert budget_of(get(reddit, "/r/python/new/.json")) == ("47", "53.0", "150")
-
-
-def test_the_headers_of_the_budget_can_be_off(reddit):
-    fill(reddit, 1)
-    reddit.budgets["json"] = Budget(total=1, headers=False)
-    answers = [get(reddit, "/r/python/new/.json") for _ in range(2)]
-    assert [(answer[0], budget_of(answer)) for answer in answers] == [
-        (200, (None, None, None)),
-        (429, (None, None, None)),
-    ]
+    reddit.budgets["json"].headers = False
+    assert budget_of(get(reddit, "/r/python/new/.json")) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -467,16 +386,6 @@ def test_past_the_budget_the_advice_is_what_was_set(
     assert (budget_of(answer), len(answer[2])) == (budget, length)
 
 
-# -- posts
-
-
-def test_a_post_can_lack_fields_and_deleted_authors_do():
-    post = make_post(1, START, author="[deleted]", subreddit_id=..., title=None)
-    missing = {"author_fullname", "author_premium", "author_flair_type", "subreddit_id"}
-    assert set(make_post(1)) - set(post) == missing
-    assert (post["author"], post["title"]) == ("[deleted]", None)
-
-
 # -- the server
 
 
@@ -495,16 +404,6 @@ def test_the_server_keeps_a_connection_and_logs(fake_reddit):
     assert first.query == {"limit": "1", "raw_json": "1"}
     assert first.headers["user-agent"] == "a test"
     assert abs(second.time - time.time()) < 60
-
-
-def test_a_form_and_basic_credentials_arrive_over_http(fake_reddit):
-    answer = requests.post(
-        f"{fake_reddit.url}/api/v1/access_token",
-        {"grant_type": "client_credentials"},
-        auth=("app-id", "app-secret"),
-        timeout=5,
-    )
-    assert answer.json()["token_type"] == "bearer"
 
 
 @pytest.mark.parametrize(
@@ -527,39 +426,6 @@ def test_a_scripted_fault_happens_once(fake_reddit, fault, error, words):
     assert [seen.status for seen in fake_reddit.log] == [200 if fault == wrong_gzip() else 0, 200]
 
 
-def test_a_dripping_body_comes_a_byte_a_second(fake_reddit):
-    fake_reddit.add(make_post(1, START))
-    fake_reddit.script(DRIP)
-    with requests.get(f"{fake_reddit.url}/r/python/new/.json", stream=True, timeout=5) as answer:
-        began = time.monotonic()
-        assert answer.raw.read(2) == b'{"'
-        assert 0.5 < time.monotonic() - began < 3
-
-
-def test_a_giant_body_is_announced_and_comes(fake_reddit):
-    fake_reddit.script(GIANT)
-    with requests.get(f"{fake_reddit.url}/r/python/new/.json", stream=True, timeout=5) as answer:
-        assert answer.headers["content-length"] == "1000000000"
-        assert len(answer.raw.read(3_000_000)) == 3_000_000
-
-
-def test_release_ends_what_hangs(fake_reddit):
-    fake_reddit.script(HANG)
-    script = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, f"{fake_reddit.url}/r/python/new/.json"],
-        stderr=subprocess.DEVNULL,
-    )
-    while not fake_reddit.log:
-        time.sleep(0.01)
-    assert process.poll() is None
-    fake_reddit.release()
-    assert process.wait(5) == 1
-    fake_reddit.script(HANG)
-    with pytest.raises(requests.ReadTimeout):  # what comes later hangs again
-        requests.get(f"{fake_reddit.url}/r/python/new/.json", timeout=0.3)
-
-
 def test_a_stopped_server_refuses_and_a_started_one_is_where_it_was(fake_reddit):
     fake_reddit.add(make_post(1, START))
     address = f"{fake_reddit.url}/r/python/new/.json"
@@ -574,16 +440,13 @@ def test_a_stopped_server_refuses_and_a_started_one_is_where_it_was(fake_reddit)
 
 def test_a_script_waits_for_the_path_it_is_meant_for(reddit):
     fill(reddit, 1)
-    reddit.script(None, login_page(), reply(500, "broken"))
+    reddit.script(None, reply(500, "broken"))
     reddit.script(reply(503), on="/access_token")
-    statuses = [get(reddit, "/r/python/new/.json")[0] for _ in range(4)]
-    assert statuses == [200, 200, 500, 200]
-    assert b"Log in" in login_page()[2]
-    assert ask_token(reddit).status == 503
-    assert ask_token(reddit).status == 200
+    assert [get(reddit, "/r/python/new/.json")[0] for _ in range(3)] == [200, 500, 200]
+    assert [ask_token(reddit).status for _ in range(2)] == [503, 200]
 
 
-def test_faults_may_be_decided_by_a_function(reddit, clock):
+def test_faults_may_be_decided_by_a_function_and_cost_time(reddit, clock):
     fill(reddit, 1)
     reddit.faults = lambda method, path, query: HANG if clock.time() < START + 30 else None
     fetch = fetch_from(reddit, clock, latency=1.0)
@@ -592,9 +455,7 @@ def test_faults_may_be_decided_by_a_function(reddit, clock):
         fetch(request)
     assert clock.time() == START + 11  # a second, and the 10 s a client waits
     clock.sleep(60)
-    answer = fetch(request)
-    assert (answer.status, clock.monotonic()) == (200, 72.0)
-    assert clock.slept == 60
+    assert (fetch(request).status, clock.monotonic(), clock.slept) == (200, 72.0, 60)
 
 
 def test_recorded_listings_are_served_one_a_poll_as_they_are(reddit):
@@ -714,8 +575,3 @@ def test_tokens_and_budgets_are_written_as_recorded(reddit, recorded_errors):
     for name, values in written.items():
         form = re.sub("[0-9]+", "0", budget.as_headers(START)[f"x-ratelimit-{name}"])
         assert form in {re.sub("[0-9]+", "0", value) for value in values}
-
-
-def test_the_block_page_is_no_json():
-    with pytest.raises(ValueError, match="Expecting value"):
-        json.loads(block_page()[2])
