@@ -181,43 +181,32 @@ def base36(number: int) -> str:
     return digits or "0"
 
 
+NOTHING = """
+    approved_at_utc secure_media link_flair_text removed_by_category likes distinguished media
+"""
+NO = """
+    saved hidden quarantine author_premium edited archived over_18 spoiler locked stickied
+    is_video
+"""
+ZERO = "gilded downs num_comments num_crossposts"
 SAME_IN_ALL: Post = {
-    "approved_at_utc": None,
-    "saved": False,
-    "gilded": 0,
+    **dict.fromkeys(NOTHING.split()),
+    **dict.fromkeys(NO.split(), False),
+    **dict.fromkeys(ZERO.split(), 0),
     "link_flair_richtext": [],
-    "hidden": False,
-    "downs": 0,
-    "quarantine": False,
     "upvote_ratio": 1.0,
     "subreddit_type": "public",
     "ups": 1,
     "media_embed": {},
-    "secure_media": None,
-    "link_flair_text": None,
     "score": 1,
-    "author_premium": False,
     "thumbnail": "self",
-    "edited": False,
     "author_flair_richtext": [],
     "gildings": {},
     "is_self": True,
-    "removed_by_category": None,
     "author_flair_type": "text",
-    "likes": None,
-    "archived": False,
-    "over_18": False,
     "all_awardings": [],
-    "spoiler": False,
-    "locked": False,
-    "distinguished": None,
-    "num_comments": 0,
     "send_replies": True,
-    "stickied": False,
     "subreddit_subscribers": 1_234_567,
-    "num_crossposts": 0,
-    "media": None,
-    "is_video": False,
 }
 
 
@@ -264,11 +253,6 @@ class Item:
     removed: bool = False
     json: str = ""
     atom: str = ""
-
-    @property
-    def fullname(self) -> str:
-        """Give the name that `after` takes."""
-        return f"t3_{self.post['id']}"
 
     def as_json(self) -> str:
         """Give the child for a listing, written only once."""
@@ -396,10 +380,8 @@ class Budget:
         if self.advice == "empty":
             return reply(429)
         if self.advice == "zero":
-            names = ("x-ratelimit-used", "x-ratelimit-remaining", "x-ratelimit-reset")
-            return reply(
-                429, headers=dict(zip(names, (str(self.used(now)), "0", "0"), strict=True))
-            )
+            told = {"used": str(self.used(now)), "remaining": "0", "reset": "0"}
+            return reply(429, headers={f"x-ratelimit-{name}": told[name] for name in told})
         status, headers, body = error_reply(429, "Too Many Requests")
         if self.advice == "seconds":
             headers["retry-after"] = str(self.reset(now))
@@ -426,7 +408,6 @@ class FakeReddit:
     Attributes to set at will:
         clients             {app id: secret}
         token_lifetime      seconds that a token lasts, told as `expires_in`
-        token_error         when set, the token endpoint answers 200 {"error": token_error}
         budgets             {"oauth" | "json" | "feed" | "token feed": Budget or None for no limit}
         anonymous_json_blocked  403 with the block page for /new/.json
         closed_json         what /new/.json is answered then, if not with the block page
@@ -439,20 +420,16 @@ class FakeReddit:
         feed_tokens         {feed token: user name}
         reasons             whether refusals of a subreddit carry their `reason`
         faults              called with (method, path, query), gives a Fault, a Reply, or None
-        gzip                compress for clients that accept it
     """
 
     depth = 1000
     """Reddit lists this many items, the places of removed ones included."""
-    most_ids = 100
-    """One request asks for so many posts at most (TOO_MANY_THING_IDS)."""
 
     def __init__(self, clock: Clock = time) -> None:
         """Begin with no posts, no subreddits, and no limits but Reddit's 1000 in 10 minutes."""
         self.clock = clock
         self.clients = {"app-id": "app-secret", "installed-id": ""}
         self.token_lifetime = 86_400.0
-        self.token_error = ""
         self.budgets: dict[str, Budget | None] = {"oauth": Budget()}
         self.anonymous_json_blocked = False
         self.closed_json: Reply | None = None
@@ -464,7 +441,6 @@ class FakeReddit:
         self.feed_tokens: dict[str, str] = {}
         self.reasons = True
         self.faults: Callable[[str, str, dict[str, str]], Fault | Reply | None] | None = None
-        self.gzip = True
         self.log: list[Seen] = []
         self.posts: dict[str, Post] = {}
         """Every post ever added, by id."""
@@ -771,8 +747,7 @@ class FakeReddit:
         if self.clients.get(app) != secret:
             return self._unauthorized('Basic realm="reddit"')
         form = dict(parse_qsl(body.decode()))
-        error = self.token_error or _grant_error(form, secret)
-        if error:
+        if error := _grant_error(form, secret):
             return json_reply(200, {"error": error})
         token = f"invented-token-{next(self._sequence)}"
         self._tokens[token] = self.clock.time() + self.token_lifetime
@@ -796,11 +771,10 @@ class FakeReddit:
     def _info(self, query: dict[str, str]) -> Reply:
         """Answer with posts by their fullnames; what is unknown is left out."""
         names = query.get("id", "").split(",")
-        if len(names) > self.most_ids:
+        if len(names) > 100:
             return error_reply(400, "Bad Request", reason="TOO_MANY_THING_IDS")
         known = [self.posts[name[3:]] for name in dict.fromkeys(names) if self._known(name)]
-        body = listing(map(thing, known))
-        return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
+        return _listing_reply(query, map(thing, known))
 
     def _refusal(self, why: str) -> Reply:
         """Refuse a subreddit the way its state asks for."""
@@ -824,8 +798,7 @@ class FakeReddit:
         if "feed" in source:
             feed = atom_around([item.as_atom() for item in page], name, self.clock.time())
             return reply(200, self.feed_filter(feed) if self.feed_filter else feed, ATOM)
-        body = listing([item.as_json() for item in page], after)
-        return reply(200, body if query.get("raw_json") == "1" else _escaped(body))
+        return _listing_reply(query, (item.as_json() for item in page), after)
 
     def _slice(self, name: str, query: dict[str, str]) -> tuple[list[Item], str | None]:
         """Cut the page out of a listing; give the anchor of the next one with it.
@@ -838,7 +811,7 @@ class FakeReddit:
             start = items.index(item) + 1 if item in items else len(items)
         page = items[start : start + limit]
         more = bool(page) and start + len(page) < len(items)
-        return page, page[-1].fullname if more else None
+        return page, f"t3_{page[-1].post['id']}" if more else None
 
     def _known(self, anchor: str) -> bool:
         """Tell whether an anchor is the fullname of a post that there ever was."""
@@ -894,9 +867,14 @@ def _limit(text: str) -> int:
     return max(1, min(100, int(text))) if re.fullmatch(r"-?[0-9]+", text) else 25
 
 
-def _escaped(body: bytes) -> bytes:
-    """Escape the three characters that Reddit escapes without `raw_json=1`."""
-    return body.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b">", b"&gt;")
+def _listing_reply(
+    query: dict[str, str], children: Iterable[str], after: str | None = None
+) -> Reply:
+    """Answer with a listing; without `raw_json=1` Reddit escapes three characters."""
+    body = listing(children, after)
+    if query.get("raw_json") != "1":
+        body = body.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b">", b"&gt;")
+    return reply(200, body)
 
 
 # ------------------------------------------------------------- the server
@@ -982,7 +960,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         headers = dict(headers)
-        accepted = self.headers.get("accept-encoding", "") if self.server.reddit.gzip else ""
+        accepted = self.headers.get("accept-encoding", "")
         if "gzip" in accepted and len(body) > 1000 and "content-encoding" not in headers:
             body = gzip.compress(body, 1)
             headers["content-encoding"] = "gzip"
