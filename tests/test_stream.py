@@ -1,9 +1,4 @@
-"""Follow an invented Reddit on a virtual clock: each promise of the stream has its test.
-
-T is the time at which every test begins, and 300 s later r/python's first full walk is due.
-`listed("a", -60)` is a post of r/python that was created 60 s before T; a `World` holds the
-listing, the clock and a real database file.
-"""
+"""Follow an invented Reddit on a virtual clock: each promise of the stream has its test."""
 
 from __future__ import annotations
 
@@ -11,27 +6,17 @@ import contextlib
 import itertools
 import json
 import logging
-import sqlite3
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import pipeline
-from fake_reddit import Budget, FakeReddit, Fault, Post, error_reply, listing, thing
-from virtual import VirtualClock, fetch_from
+from fake_reddit import Budget, Fault, Post, error_reply, listing, thing
+from virtual import ACCESS, T, World, fetch_from, listed
 
-# The turns of full walks follow from clock and name; this makes T the beginning of r/python's.
-T = 1_789_200_000 - (1_789_200_000 + zlib.crc32(b"python")) % (300 * 2**10)
 FEED = {"permalink": "/r/python/comments/x/"}
-ACCESS = pipeline.Access(client_id="app-id", client_secret="app-secret")
-
-
-def listed(identifier: str, age: float, subreddit: str = "python", **more: Any) -> Post:
-    """Invent a post with few fields, created `age` seconds after T (before, if negative)."""
-    post = {"id": identifier, "created_utc": float(T + age), "subreddit": subreddit}
-    return {**post, "title": identifier, "author_fullname": "t2_x", "author": "x", **more}
+EMPTY = (200, {}, listing([]))
 
 
 def child(identifier: str, age: float) -> str:
@@ -41,70 +26,6 @@ def child(identifier: str, age: float) -> str:
 
 def ids_of(posts: list[Post]) -> list[str]:
     return [post["id"] for post in posts]
-
-
-class World:
-    """A listing, a clock and a database; requests take no time."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.clock = VirtualClock(T)
-        self.reddit = FakeReddit(self.clock)
-        self.reddit.create("python", "rust")
-        self.serve = fetch_from(self.reddit, self.clock, 0.0)
-        self.database = pipeline.Database(path, clock=self.clock)
-        self.before_request: dict[int, Any] = {}
-        self.requests = 0
-        self.access = ACCESS
-
-    def fetch(self, request: pipeline.Request) -> pipeline.Answer:
-        """Do what is to happen before this listing request, then answer it."""
-        if "/new" in request.url:
-            self.requests += 1
-            self.before_request.get(self.requests, lambda: None)()
-        return self.serve(request)
-
-    def before(self, number: int, action: Any) -> None:
-        """Let something happen before the listing request of that number from now on."""
-        self.before_request = {self.requests + number: action}
-
-    def list_posts(self, first: str, count: int, start: float, step: float, **more: Any) -> None:
-        """List posts first0, first1, … of which each is `step` seconds newer."""
-        for n in range(count):
-            self.reddit.add(listed(f"{first}{n}", start + n * step, **more))
-
-    def follow(self, *names: str, **options: Any) -> Iterator[pipeline.Batch]:
-        """Follow names (r/python unless told), and store each batch when it has come."""
-        source = pipeline.Reddit(self.access, self.fetch, self.clock)
-        options = {"chance": lambda: 0.5, **options}
-        for batch in pipeline.stream(source, names or ("python",), self.database, **options):
-            self.load(batch.posts, batch.cursors, batch.gaps)
-            yield batch
-
-    def load(self, posts: list[Post], *more: Any) -> None:
-        pipeline.load(self.database, map(pipeline.transform, posts), *more)
-
-    def once(self, *names: str) -> list[pipeline.Batch]:
-        """Poll once to the end."""
-        return list(self.follow(*names, once=True))
-
-    def rows(self, sql: str) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            return connection.execute(sql).fetchall()
-
-    def stored(self) -> list[str]:
-        return [row[0] for row in self.rows("SELECT id FROM posts ORDER BY created_utc, id")]
-
-    def cursor(self, name: str = "python") -> int:
-        return self.rows(f"SELECT newest_utc FROM cursors WHERE subreddit = '{name}'")[0][0]
-
-    def gaps(self) -> list[Any]:
-        return self.rows("SELECT subreddit, after_utc, before_utc FROM gaps ORDER BY 1, 2")
-
-    def asked(self, start: int = 0) -> list[str]:
-        """Give the listing requests since that number, as `python` or `python after x`."""
-        seen = [(r.path.split("/")[2], r.query.get("after")) for r in self.reddit.requests()]
-        return [f"{names} after {after[3:]}" if after else names for names, after in seen[start:]]
 
 
 def leave_only_the_feed(world: World) -> None:
@@ -134,6 +55,15 @@ def told(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+def grow(world: World, new: int, seconds: float = 300, **more: Any) -> int:
+    """Poll when 20 posts are listed, then list new ones; give the number of requests so far."""
+    world.list_posts("old", 20, -100, 1, **more)
+    world.once()
+    world.clock.advance(seconds)
+    world.list_posts("new", new, 1, 1, **more)
+    return len(world.asked())
+
+
 class KilledError(BaseException):
     """The process died."""
 
@@ -146,26 +76,16 @@ def die() -> None:
 
 
 def test_a_poll_reads_older_pages_until_it_is_past_the_cursor(world):
-    world.list_posts("old", 300, -400, 1)
-    world.once()
-    world.clock.advance(290)
-    world.list_posts("new", 250, 1, 1)
-    asked = len(world.asked())
+    asked = grow(world, 250, 290)
     world.once()
     assert world.asked(asked) == ["python", "python after new150", "python after new50"]
-    assert len(world.stored()) == 550
+    assert len(world.stored()) == 270
 
 
-def test_posts_come_oldest_first(world):
-    for identifier, age in (("c", -10), ("a", -30), ("b", -20)):
+def test_posts_come_oldest_first_and_those_of_a_second_by_their_ids(world):
+    for identifier, age in (("c", -10), ("zz", -30), ("100", -30), ("9", -30), ("b", -20)):
         world.reddit.add(listed(identifier, age))
-    assert [ids_of(batch.posts) for batch in world.once()] == [["a", "b", "c"]]
-
-
-def test_posts_of_the_same_second_come_in_the_order_of_their_ids(world):
-    for identifier in ("zz", "100", "9"):
-        world.reddit.add(listed(identifier, -30))
-    assert [ids_of(batch.posts) for batch in world.once()] == [["9", "zz", "100"]]
+    assert [ids_of(batch.posts) for batch in world.once()] == [["9", "zz", "100", "b", "c"]]
 
 
 def test_a_walk_of_several_pages_is_one_batch_with_its_cursor(world):
@@ -176,20 +96,15 @@ def test_a_walk_of_several_pages_is_one_batch_with_its_cursor(world):
     assert batch.gaps == []
 
 
-def test_a_post_is_given_only_once(world):
+def test_a_post_is_given_only_once_and_a_second_start_goes_on(world):
     world.reddit.add(listed("a", -20))
     stream = world.follow()
     assert ids_of(next(stream).posts) == ["a"]
     world.reddit.add(listed("b", -10))
     assert ids_of(next(stream).posts) == ["b"]
     assert next(stream).posts == []
-
-
-def test_a_second_start_continues(world):
-    world.reddit.add(listed("a", -20))
-    world.once()
-    world.reddit.add(listed("b", -10))
-    assert [ids_of(batch.posts) for batch in world.once()] == [["b"]]
+    world.reddit.add(listed("c", -5))
+    assert [ids_of(batch.posts) for batch in world.once()] == [["c"]]
 
 
 # The stop rule
@@ -211,11 +126,8 @@ def test_a_page_ends_the_walk_when_its_last_ten_posts_are_old(world, old, pages)
 
 
 def test_an_old_post_on_top_ends_nothing(world):
-    world.list_posts("old", 20, -500, 1)
-    world.once()
-    world.clock.advance(400)
-    world.list_posts("new", 150, 1, 1)
-    world.reddit.add(listed("approved", -80_000), rank=T + 399)
+    grow(world, 150)
+    world.reddit.add(listed("approved", -80_000), rank=T + 299)
     world.once()
     assert len(world.stored()) == 171
 
@@ -230,30 +142,18 @@ def test_a_short_page_ends_the_walk_when_all_its_posts_are_old(world):
     assert world.asked(asked) == ["python"]
 
 
-def test_a_stored_post_that_is_newer_than_the_cursor_proves_nothing(world):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(300)
-    world.list_posts("new", 250, 1, 1)
-    world.load([listed(f"new{n}", 1 + n) for n in range(60, 250)])  # another source
+def test_posts_of_another_source_move_no_cursor_and_end_no_walk(world):
+    grow(world, 250)
+    world.load([listed(f"new{n}", 1 + n) for n in range(60, 250)])
+    assert world.cursor() == T - 81
     world.once()
     assert len(world.stored()) == 270
-
-
-def test_posts_of_another_source_move_no_cursor(world):
-    world.list_posts("old", 2, -100, 1)
-    world.once()
-    world.load([listed("new", 5000)])
-    assert world.cursor() == T - 99
 
 
 def test_a_page_that_is_shorter_than_asked_for_is_no_end(world):
     serve = world.serve
     world.serve = lambda request: serve(request._replace(params={**request.params, "limit": "40"}))
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(200)
-    world.list_posts("new", 150, 1, 1)
+    grow(world, 150)
     world.once()
     assert len(world.stored()) == 170
 
@@ -263,10 +163,7 @@ def test_a_page_that_is_shorter_than_asked_for_is_no_end(world):
 
 @pytest.mark.parametrize("request_number", [1, 2, 3, 4, 5])
 def test_a_walk_that_does_not_finish_stores_nothing_and_moves_nothing(world, request_number):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(600)
-    world.list_posts("new", 450, 1, 1)
+    grow(world, 450, 600)
     world.before(request_number, die)
     with pytest.raises(KilledError):
         world.once()
@@ -415,27 +312,19 @@ def test_no_full_walk_begins_when_the_window_cannot_carry_it(world):
 
 @pytest.mark.parametrize("removed", [1, 2, 3, 10, 50, 99, 100])
 def test_a_lost_anchor_is_no_end(world, removed):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(300)
-    world.list_posts("new", 250, 1, 1)
+    grow(world, 250)
     remove = [f"new{n}" for n in range(150, 150 + removed)]  # the first page ends with new150
     world.before(2, lambda: [world.reddit.remove(identifier) for identifier in remove])
     world.once()
-    assert len(world.stored()) == 270
-    assert world.gaps() == []
+    assert (len(world.stored()), world.gaps()) == (270, [])
 
 
 def test_an_anchor_that_reddit_does_not_know_is_no_end(world):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(300)
-    world.list_posts("new", 250, 1, 1)
+    grow(world, 250)
     # Reddit drops an `after` that it does not know, and answers with the newest page again.
-    world.before(2, lambda: (world.reddit.remove("new150"), world.reddit.posts.pop("new150")))
+    world.before(2, lambda: world.reddit.purge("new150"))
     world.once()
-    assert len(world.stored()) == 270
-    assert world.gaps() == []
+    assert (len(world.stored()), world.gaps()) == (270, [])
 
 
 @pytest.mark.parametrize(
@@ -453,8 +342,7 @@ def test_lost_anchors_far_up_the_listing_are_no_end(world, removed):
     # Six pages have been read, to new250; tried are the anchors so many items above it.
     world.before(7, lambda: [world.reddit.remove(f"new{250 + step}") for step in removed])
     world.once()
-    assert len(world.stored()) == 870
-    assert world.gaps() == []
+    assert (len(world.stored()), world.gaps()) == (870, [])
 
 
 def leave_out(world: World, ids: set[str]) -> None:
@@ -475,15 +363,11 @@ def leave_out(world: World, ids: set[str]) -> None:
 @pytest.mark.parametrize("removed", [1, 30, 60])
 @pytest.mark.parametrize("empty", [1, 3, 4, 6])
 def test_a_silence_behind_a_page_with_some_room_is_no_end(world, empty, removed):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(300)
-    world.list_posts("new", 250, 1, 1)
+    grow(world, 250)
     leave_out(world, {f"new{160 + n}" for n in range(removed)})
-    world.reddit.script(None, *[(200, {}, listing([]))] * empty, on="/new")
+    world.reddit.script(None, *[EMPTY] * empty)
     world.once()
-    assert len(world.stored()) == 270 - removed
-    assert world.gaps() == []
+    assert (len(world.stored()), world.gaps()) == (270 - removed, [])
 
 
 @pytest.mark.parametrize("count", [1, 2, 99, 100, 101])
@@ -491,22 +375,16 @@ def test_a_feed_ends_where_nothing_comes_behind_an_anchor_that_is_still_listed(w
     world.list_posts("old", 20, -100, 1, **FEED)
     leave_only_the_feed(world)
     world.once()
-    for n in range(20):
-        world.reddit.remove(f"old{n}")
+    world.remove("old", 20)
     world.clock.advance(400)
     world.list_posts("new", count, 1, 1, **FEED)
     world.once()
-    assert len(world.stored()) == 20 + count
-    assert world.gaps() == []
+    assert (len(world.stored()), world.gaps()) == (20 + count, [])
 
 
 def test_the_end_of_a_feed_is_found_though_new_posts_push_it_out(world):
     leave_only_the_feed(world)
-    world.list_posts("old", 20, -100, 1, **FEED)
-    world.once()
-    world.clock.advance(2000)
-    world.list_posts("new", 1200, 1, 1, **FEED)
-    asked = len(world.asked())
+    asked = grow(world, 1200, 2000, **FEED)
 
     def push_out(*_: object) -> None:
         world.list_posts(f"more{len(world.asked())}x", 3, world.clock.time() - T, 0, **FEED)
@@ -535,8 +413,7 @@ def test_a_feed_of_which_one_post_is_left_is_no_gap(world, old, new, removed):
     leave_only_the_feed(world)
     world.list_posts("first", 3, -100, 1, **FEED)
     world.once()
-    for n in range(3):
-        world.reddit.remove(f"first{n}")
+    world.remove("first", 3)
     world.list_posts("old", old, -60, 1, **FEED)
     world.clock.advance(300)
     world.list_posts("new", new, 100, 1, **FEED)
@@ -547,10 +424,7 @@ def test_a_feed_of_which_one_post_is_left_is_no_gap(world, old, new, removed):
 
 
 def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_only(world):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(200)
-    world.list_posts("new", 150, 1, 1)
+    grow(world, 150, 200)
 
     def be_slow() -> None:
         world.clock.advance(2000)
@@ -567,10 +441,7 @@ def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_o
 
 
 def test_a_page_that_comes_again_and_again_ends_the_walk(world):
-    world.list_posts("p", 300, -300, 1)
-    world.once()
-    asked = len(world.asked())
-    world.clock.advance(1000)
+    asked = grow(world, 0, 1000)
     page = listing([child(f"x{n}", n) for n in range(100, 0, -1)], "t3_x1")
     world.reddit.faults = lambda method, path, query: (
         (200, {"content-type": "application/json"}, page) if "/new" in path else None
@@ -580,11 +451,8 @@ def test_a_page_that_comes_again_and_again_ends_the_walk(world):
 
 
 def test_empty_pages_below_a_full_one_are_no_end_of_the_listing(world):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(300)
-    world.list_posts("new", 250, 1, 1)
-    world.reddit.script(None, *[(200, {}, listing([]))] * 20, on="/new")
+    grow(world, 250)
+    world.reddit.script(None, *[EMPTY] * 20)
     with contextlib.suppress(pipeline.Failed):
         world.once()
     world.reddit._script.clear()
@@ -595,29 +463,25 @@ def test_empty_pages_below_a_full_one_are_no_end_of_the_listing(world):
 # Gaps
 
 
-def lose_posts(world: World, lost: int = 200, kept: int = 1000) -> None:
+def lose_posts(world: World) -> None:
     """Store 20 posts, then list so many that those after them have left the listing."""
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(2000)
-    world.list_posts("lost", lost, 1, 1)
-    world.list_posts("kept", kept, 501, 1)
+    grow(world, 200, 2000)
+    world.list_posts("kept", 1000, 501, 1)
 
 
-def test_a_gap_is_named_with_both_bounds_inclusive(world):
+@pytest.mark.parametrize("removed", [0, 100])  # a listing of 900 odd posts may have been cut, too
+def test_a_gap_is_named_once_with_both_bounds_inclusive_and_what_is_listed_is_stored(
+    world, removed
+):
     lose_posts(world)
+    for n in range(removed):
+        world.reddit.remove(f"kept{500 + n}")
+    world.once()
     world.once()
     # The cursor less 30 s of lateness; the newest of the last ten posts.
     assert world.gaps() == [("python", T - 81 - 30, T + 501 + 9)]
     assert world.rows("SELECT noticed_utc FROM gaps") == [(T + 2000,)]
-    assert world.cursor() == T + 1500
-
-
-def test_a_gap_is_named_once(world):
-    lose_posts(world)
-    world.once()
-    world.once()
-    assert len(world.gaps()) == 1
+    assert (world.cursor(), len(world.stored())) == (T + 1500, 1020 - removed)
 
 
 def test_a_gap_inside_one_that_has_been_named_is_not_named(world):
@@ -628,31 +492,11 @@ def test_a_gap_inside_one_that_has_been_named_is_not_named(world):
     assert world.gaps() == [("python", T - 80, T + 10), ("python", T - 80, T + 11)]
 
 
-def test_all_that_is_still_listed_is_stored_beside_the_gap(world):
-    lose_posts(world)
-    world.once()
-    assert len(world.stored()) == 1020
-
-
-@pytest.mark.parametrize("removed", [0, 100])
-def test_a_listing_of_900_odd_posts_may_have_been_cut(world, removed):
-    lose_posts(world)
-    for n in range(removed):
-        world.reddit.remove(f"kept{500 + n}")
-    world.once()
-    assert world.gaps() == [("python", T - 111, T + 510)]
-
-
 def test_a_listing_well_short_of_the_horizon_is_complete(world):
-    world.list_posts("old", 20, -100, 1)
+    grow(world, 740, 2000)
+    world.remove("old", 20)
     world.once()
-    for n in range(20):
-        world.reddit.remove(f"old{n}")
-    world.clock.advance(2000)
-    world.list_posts("new", 740, 1, 1)
-    world.once()
-    assert world.gaps() == []
-    assert world.cursor() == T + 740
+    assert (world.gaps(), world.cursor()) == ([], T + 740)
 
 
 @pytest.mark.parametrize(("new", "gaps"), [(960, []), (961, [("python", T - 81 - 30, T - 110)])])
@@ -667,10 +511,7 @@ def test_a_full_listing_that_ends_above_the_lateness_seen_is_a_gap(world, new, g
 
 @pytest.mark.parametrize("seconds", [2, 8, 60])
 def test_a_listing_that_has_moved_on_during_a_slow_walk_may_have_been_cut(world, seconds):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(1000)
-    world.list_posts("new", 900, 1, 1)
+    grow(world, 900, 1000)
 
     def be_slow() -> None:
         world.clock.advance(seconds)
@@ -689,7 +530,7 @@ def test_a_short_listing_walked_slowly_is_no_gap(world, empty):
     world.clock.advance(200)
     world.list_posts("new", 130, 195, 0)
     world.before(2, lambda: (world.clock.advance(60), world.list_posts("more", 120, 250, 0)))
-    world.reddit.script(None, None, *[(200, {}, listing([]))] * empty, on="/new")
+    world.reddit.script(None, None, *[EMPTY] * empty)
     world.once()
     assert (world.gaps(), len(world.stored())) == ([], 253)
 
@@ -888,21 +729,16 @@ def test_when_the_budget_is_short_a_name_a_hundred_times_as_busy_is_walked_ten_t
 # A new name
 
 
-def test_a_new_name_is_walked_as_deep_as_the_listing_goes_when_the_budget_allows(world):
-    world.list_posts("p", 1200, -1200, 1)
-    world.once()
-    assert len(world.stored()) == 1000
-    assert world.rows("SELECT since_utc FROM cursors") == [(T - 1000 + 9,)]
-    assert world.gaps() == []
-
-
-def test_a_new_name_is_walked_as_deep_as_the_budget_allows_without_waiting(world):
-    world.reddit.budgets["oauth"] = Budget(3)
+@pytest.mark.parametrize(("budget", "pages"), [(1000, 10), (3, 3), (1, 1)])
+def test_a_new_name_is_walked_as_deep_as_listing_and_budget_allow_without_waiting(
+    world, budget, pages
+):
+    world.reddit.budgets["oauth"] = Budget(budget)
     world.list_posts("p", 1200, -1200, 1)
     (batch,) = world.once()
-    assert len(world.asked()) == 3
-    assert world.clock.time() == T
-    assert batch.cursors == [pipeline.Cursor("python", T - 300 + 9, T - 1, T)]
+    assert (len(world.asked()), len(world.stored())) == (pages, 100 * pages)
+    assert batch.cursors == [pipeline.Cursor("python", T - 100 * pages + 9, T - 1, T)]
+    assert (world.clock.time(), world.gaps()) == (T, [])
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -916,34 +752,16 @@ def test_a_new_name_leaves_the_budget_for_a_first_page_of_each_other_one(world, 
     assert world.clock.time() == T
 
 
-def test_a_new_name_gets_one_page_at_least(world):
-    world.reddit.budgets["oauth"] = Budget(1)
-    world.list_posts("p", 1200, -1200, 1)
-    world.once()
-    assert (len(world.asked()), len(world.stored())) == (1, 100)
-
-
-def test_a_new_name_without_posts_is_covered_from_now_on(world):
-    (batch,) = world.once()
-    assert batch.cursors == [pipeline.Cursor("python", T, T, T)]
-
-
 # The primary key
 
 
-def test_a_known_value_is_never_replaced_by_a_missing_one(world):
+def test_a_missing_author_is_filled_in_by_a_later_walk_and_then_never_lost(world):
+    world.load([listed("a", -50, author_fullname=None)])
     world.reddit.add(listed("a", -50))
     world.once()
     world.load([{"id": "a", "author": "[deleted]", "created_utc": None}])
     rows = "SELECT id, created_utc, author, author_name, title FROM posts"
     assert world.rows(rows) == [("a", T - 50, "t2_x", "x", "a")]
-
-
-def test_a_missing_author_is_filled_in_by_a_later_walk(world):
-    world.load([listed("a", -50, author_fullname=None)])
-    world.reddit.add(listed("a", -50))
-    world.once()
-    assert world.rows("SELECT id, author FROM posts") == [("a", "t2_x")]
 
 
 def test_another_redpipe_that_was_faster_leaves_no_duplicate(world):
@@ -971,10 +789,7 @@ def overtaken(world: World) -> None:
 
 
 def test_a_slow_poll_names_the_gap_behind_the_poll_that_overtook_it(world):
-    world.list_posts("old", 20, -100, 1)
-    world.once()
-    world.clock.advance(100)
-    world.list_posts("new", 50, 1, 1)
+    grow(world, 50, 100)
     overtaken(world)
     assert world.gaps() == [("python", T + 50 - 30, T + 2001 + 9)]
 
@@ -1014,20 +829,16 @@ def test_a_walk_that_began_anew_names_no_gap_that_its_first_pages_had_passed(wor
 
 
 def test_an_empty_newest_page_is_asked_for_three_times_more(world):
-    world.list_posts("a", 2, -50, 1)
-    world.once()
-    world.reddit.script(*[(200, {}, listing([]))] * 3)
-    world.reddit.add(listed("b", -40))
-    asked = len(world.asked())
-    assert [ids_of(batch.posts) for batch in world.once()] == [["b"]]
+    asked = grow(world, 1)
+    world.reddit.script(*[EMPTY] * 3)
+    assert [ids_of(batch.posts) for batch in world.once()] == [["new0"]]
     assert world.asked(asked) == ["python"] * 4
 
 
 def test_an_empty_newest_page_is_believed_the_fourth_time_and_then_at_once(world):
     world.list_posts("a", 2, -50, 1)
     world.once()
-    world.reddit.remove("a0")
-    world.reddit.remove("a1")
+    world.remove("a", 2)
     stream = world.follow()
     asked = len(world.asked())
     batch = next(stream)
@@ -1044,7 +855,7 @@ def test_an_empty_page_that_was_believed_is_taken_for_nothing_read(world):
     next(stream)
     world.clock.advance(200)
     world.list_posts("b", 120, 10, 1)
-    world.reddit.script(*[(200, {}, listing([]))] * 4)
+    world.reddit.script(*[EMPTY] * 4)
     assert [len(next(stream).posts) for _ in range(2)] == [0, 120]
     assert (world.cursor(), world.gaps()) == (T + 129, [])
 
@@ -1061,8 +872,7 @@ def test_a_listing_of_one_post_costs_a_handful_of_requests_and_is_no_gap(world, 
     if source == "feed":
         leave_only_the_feed(world)
     world.once()
-    for n in range(3):
-        world.reddit.remove(f"old{n}")
+    world.remove("old", 3)
     world.clock.advance(2000)
     world.reddit.add(listed("one", 1500, **FEED))
     if source == "oauth":  # it names an `after`, behind which an empty page comes
@@ -1077,35 +887,28 @@ def test_a_listing_of_one_post_costs_a_handful_of_requests_and_is_no_gap(world, 
 
 
 def test_a_time_in_the_future_never_moves_a_cursor(world):
-    world.reddit.add(listed("a", -50))
-    world.once()
+    grow(world, 0)
     world.reddit.add(listed("tomorrow", 86_400))
     world.reddit.add(listed("b", -40))
     world.once()
-    assert world.stored() == ["a", "b", "tomorrow"]
+    assert world.stored()[-2:] == ["b", "tomorrow"]
     assert world.cursor() == T - 40
 
 
-def test_a_new_name_whose_posts_are_all_in_the_future_is_covered_from_now_on(world):
-    world.reddit.add(listed("tomorrow", 86_400))
+@pytest.mark.parametrize("posts", [0, 1])
+def test_a_new_name_without_posts_or_with_future_ones_is_covered_from_now_on(world, posts):
+    world.list_posts("tomorrow", posts, 86_400, 1)
     (batch,) = world.once()
     assert batch.cursors == [pipeline.Cursor("python", T, T, T)]
 
 
-def test_a_cursor_never_moves_back(world):
+def test_a_cursor_never_moves_back_and_posts_without_a_time_move_nothing(world):
     world.list_posts("p", 3, -50, 1)
     world.once()
     world.reddit.remove("p2")
-    world.reddit.remove("p1")
     world.once()
     assert world.cursor() == T - 48
-
-
-def test_posts_without_a_time_are_stored_and_move_nothing(world):
-    world.list_posts("p", 3, -50, 1)
-    world.once()
-    bare = '{"kind": "t3", "data": {"id": "bare"}}'
-    world.reddit.serve_listing_bytes(listing([bare]))
+    world.reddit.serve_listing_bytes(listing(['{"kind": "t3", "data": {"id": "bare"}}']))
     world.once()
     assert sorted(world.stored()) == ["bare", "p0", "p1", "p2"]
     assert world.cursor() == T - 48
@@ -1147,18 +950,13 @@ def test_windows_of_any_length_are_used_and_never_overdrawn(world, total, window
 # Failures
 
 
-def test_a_failure_that_one_of_the_next_two_tries_mends_is_not_told(world, told):
+def test_a_name_that_fails_three_times_is_told_once_and_so_is_its_end(world, told):
     stream = world.follow()
     next(stream)
     for failures in (1, 2):
         world.reddit.script(*[error_reply(503, "down")] * failures)
         next(stream)
     assert told() == []
-
-
-def test_a_name_that_fails_is_told_once_and_so_is_its_end(world, told):
-    stream = world.follow()
-    next(stream)
     world.reddit.script(*[error_reply(503, "down")] * 30)
     next(stream)
     assert told() == [

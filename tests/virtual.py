@@ -3,20 +3,32 @@
 clock = VirtualClock()
 reddit = FakeReddit(clock)
 source = pipeline.Reddit(access, fetch_from(reddit, clock), clock)
+
+A `World` holds all that, and a real database file. T is the time at which it begins; 300 s
+later r/python's first full walk is due. `listed("a", -60)` is a post of r/python that was
+created 60 s before T.
 """
 
 from __future__ import annotations
 
 import io
+import sqlite3
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import urllib3
 
 import pipeline
-from fake_reddit import FakeReddit, Fault
+from fake_reddit import FakeReddit, Fault, Post
+
+# The turns of full walks follow from clock and name; this makes T the beginning of r/python's.
+T = 1_789_200_000 - (1_789_200_000 + zlib.crc32(b"python")) % (300 * 2**10)
+ACCESS = pipeline.Access(client_id="app-id", client_secret="app-secret")
 
 LIMITS = {"hang": 10.0, "drip": 30.0, "giant": 2.0}
 """How long, in seconds, a client waits for an answer that never comes to its end."""
@@ -132,6 +144,81 @@ def fetch_from(
             raise pipeline.Failed("decode error") from exc
 
     return fetch
+
+
+def listed(identifier: str, age: float, subreddit: str = "python", **more: Any) -> Post:
+    """Invent a post with few fields, created `age` seconds after T (before, if negative)."""
+    post = {"id": identifier, "created_utc": float(T + age), "subreddit": subreddit}
+    return {**post, "title": identifier, "author_fullname": "t2_x", "author": "x", **more}
+
+
+class World:
+    """A listing, a clock and a database; requests take no time."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.clock = VirtualClock(T)
+        self.reddit = FakeReddit(self.clock)
+        self.reddit.create("python", "rust")
+        self.serve = fetch_from(self.reddit, self.clock, 0.0)
+        self.database = pipeline.Database(path, clock=self.clock)
+        self.before_request: dict[int, Any] = {}
+        self.requests = 0
+        self.access = ACCESS
+
+    def fetch(self, request: pipeline.Request) -> pipeline.Answer:
+        """Do what is to happen before this listing request, then answer it."""
+        if "/new" in request.url:
+            self.requests += 1
+            self.before_request.get(self.requests, lambda: None)()
+        return self.serve(request)
+
+    def before(self, number: int, action: Any) -> None:
+        """Let something happen before the listing request of that number from now on."""
+        self.before_request = {self.requests + number: action}
+
+    def list_posts(self, first: str, count: int, start: float, step: float, **more: Any) -> None:
+        """List posts first0, first1, … of which each is `step` seconds newer."""
+        for n in range(count):
+            self.reddit.add(listed(f"{first}{n}", start + n * step, **more))
+
+    def remove(self, first: str, count: int) -> None:
+        """Remove what `list_posts` has listed."""
+        for n in range(count):
+            self.reddit.remove(f"{first}{n}")
+
+    def follow(self, *names: str, **options: Any) -> Iterator[pipeline.Batch]:
+        """Follow names (r/python unless told), and store each batch when it has come."""
+        source = pipeline.Reddit(self.access, self.fetch, self.clock)
+        options = {"chance": lambda: 0.5, **options}
+        for batch in pipeline.stream(source, names or ("python",), self.database, **options):
+            self.load(batch.posts, batch.cursors, batch.gaps)
+            yield batch
+
+    def load(self, posts: list[Post], *more: Any) -> None:
+        pipeline.load(self.database, map(pipeline.transform, posts), *more)
+
+    def once(self, *names: str) -> list[pipeline.Batch]:
+        """Poll once to the end."""
+        return list(self.follow(*names, once=True))
+
+    def rows(self, sql: str) -> list[Any]:
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql).fetchall()
+
+    def stored(self) -> list[str]:
+        return [row[0] for row in self.rows("SELECT id FROM posts ORDER BY created_utc, id")]
+
+    def cursor(self, name: str = "python") -> int:
+        return self.rows(f"SELECT newest_utc FROM cursors WHERE subreddit = '{name}'")[0][0]
+
+    def gaps(self) -> list[Any]:
+        return self.rows("SELECT subreddit, after_utc, before_utc FROM gaps ORDER BY 1, 2")
+
+    def asked(self, start: int = 0) -> list[str]:
+        """Give the listing requests since that number, as `python` or `python after x`."""
+        seen = [(r.path.split("/")[2], r.query.get("after")) for r in self.reddit.requests()]
+        return [f"{names} after {after[3:]}" if after else names for names, after in seen[start:]]
 
 
 def as_http(request: pipeline.Request) -> tuple[str, str, dict[str, str], dict[str, str], bytes]:
