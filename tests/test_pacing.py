@@ -16,14 +16,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import fake_reddit
-import pipeline
-from fake_reddit import FakeReddit
 from pipeline import (
     Answer,
     Assumed,
     Budget,
     Cursor,
-    Reddit,
     Window,
     backoff,
     expected_lag,
@@ -33,10 +30,9 @@ from pipeline import (
     look_back,
     retry_after,
     spares_full_walk,
-    stream,
     urgency,
 )
-from virtual import VirtualClock, fetch_from
+from virtual import World, fetch_from
 
 NOW = 1_790_000_000
 TOTALS = (100, 600, 996, 1000, 10_000)
@@ -83,6 +79,12 @@ def ask_for(seconds, window, budget, pause=0.0, latency=0.0):
     return requests
 
 
+def window_told(used, remaining, reset):
+    """Give the three headers of a budget."""
+    values = {"used": used, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{name}": str(value) for name, value in values.items()}
+
+
 def statuses(requests, start=0.0):
     return Counter(status for at, status in requests if at >= start)
 
@@ -126,34 +128,26 @@ def test_polls_are_spread_over_the_window(total, phase):
     assert len(sent) >= min(0.8 * 12 * total, 2 * HOUR / 8)
 
 
-@pure
-@given(total=st.sampled_from(TOTALS), phase=phases, pages=st.integers(1, 12))
-def test_a_walk_starts_only_when_the_window_carries_as_many_pages(total, phase, pages):
-    budget = Budget(Window(total, pages - 0.5, 100.0, 600.0))
-    assert budget.wait(pages, 40.0) == 60.0
-    assert Budget(Window(total, float(pages), 100.0, 600.0)).wait(pages, 40.0) == 0.0
-
-
-def test_more_pages_than_a_window_holds_wait_for_a_whole_window():
-    budget = Budget(Window(5.0, 4.0, 100.0, 600.0))
-    assert budget.wait(10, 40.0) == 60.0
-    assert budget.wait(10, 100.0) == 0.0
+@pytest.mark.parametrize("pages", [1, 2, 12])
+def test_a_walk_starts_only_when_the_window_carries_as_many_pages_or_is_whole(pages):
+    for remaining, wait in ((pages - 0.5, 60.0), (pages, 0.0)):
+        assert Budget(Window(100.0, remaining, 100.0, 600.0)).wait(pages, 40.0) == wait
+    smaller = Budget(Window(5.0, 4.0, 100.0, 600.0))
+    assert (smaller.wait(10, 40.0), smaller.wait(10, 100.0)) == (60.0, 0.0)
 
 
 def test_the_total_is_learned_and_learned_anew():
     budget = HEADLESS
     for used, remaining, total in (("1", "999.0", 1000), ("584.0", "16", 600), ("4", "96.0", 100)):
-        headers = {"x-ratelimit-used": used, "x-ratelimit-remaining": remaining}
-        answer = Answer(200, headers | {"x-ratelimit-reset": "300"}, b"")
+        answer = Answer(200, window_told(used, remaining, 300), b"")
         budget = budget.learn(answer, 0.0, NOW)
         assert isinstance(budget.known, Window)
         assert (budget.known.total, budget.known.remaining) == (total, float(remaining))
 
 
 def test_requests_past_the_limit_do_not_count_as_a_larger_total():
-    headers = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
     budget = Budget(Window(100.0, 0.0, 60.0, 600.0))
-    answer = Answer(429, headers | {"x-ratelimit-used": "350"}, b"")
+    answer = Answer(429, window_told(350, 0, 60), b"")
     assert budget.learn(answer, 0.0, NOW).wait(100, 61.0) == 0.0
     assert budget.learn(answer, 0.0, NOW).free(61.0) == 100
 
@@ -169,8 +163,8 @@ def test_a_429_that_tells_only_that_nothing_remains_is_no_total():
 
 @pytest.mark.parametrize("text", ["", "many", "nan", "inf", "-inf", "1e999", "0x10"])
 def test_headers_that_are_no_numbers_are_as_good_as_none(text):
-    headers = {f"x-ratelimit-{key}": text for key in ("used", "remaining", "reset")}
-    assert HEADLESS.learn(Answer(200, headers, b""), 0.0, NOW) == HEADLESS
+    answer = Answer(200, window_told(text, text, text), b"")
+    assert HEADLESS.learn(answer, 0.0, NOW) == HEADLESS
 
 
 # Without headers
@@ -223,9 +217,7 @@ def test_a_429_without_advice_waits_longer_each_time_in_a_window_that_is_known()
 def test_a_window_is_as_long_as_the_longest_reset_that_was_told(length):
     budget = HEADLESS
     for reset in (0.3 * length, length - 1, 0.5 * length):
-        headers = told(x_ratelimit_used="1", x_ratelimit_remaining="5", x_ratelimit_reset=reset)
-        headers = {name: str(value) for name, value in headers.items()}
-        budget = budget.learn(Answer(200, headers, b""), 0.0, NOW)
+        budget = budget.learn(Answer(200, window_told(1, 5, reset), b""), 0.0, NOW)
     assert budget.wait(7, 0.0) == 0.5 * length + 1
     for _ in range(6):
         budget = budget.spend(0.5 * length + 1)
@@ -233,9 +225,8 @@ def test_a_window_is_as_long_as_the_longest_reset_that_was_told(length):
 
 
 def test_a_doubling_that_is_forgiven_leaves_no_trace():
-    told = {"x-ratelimit-used": "1", "x-ratelimit-remaining": "9999", "x-ratelimit-reset": "599"}
     budget = Budget(Assumed(10)).learn(Answer(429, {}, b""), 0.0, NOW)
-    budget = budget.learn(Answer(200, told, b""), HOUR + 1, NOW)
+    budget = budget.learn(Answer(200, window_told(1, 9999, 599), b""), HOUR + 1, NOW)
     for _ in range(100):
         budget = budget.spend(HOUR + 2)
     assert budget.wait(1, HOUR + 2) == 0.0
@@ -261,42 +252,30 @@ def test_a_window_that_another_client_has_emptied_is_not_asked_all_the_time(advi
 # Advice
 
 
-def told(**headers):
-    return {name.replace("_", "-"): value for name, value in headers.items()}
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("4", 4.0),
+        ("4.5", 4.0),  # there are whole seconds only (RFC 9110)
+        (formatdate(NOW + 90, usegmt=True), 90.0),
+        ("Monday, 21-Sep-26 14:50:15 GMT", 2215.0),  # the form of RFC 850
+        *((text, None) for text in (None, "", "soon", "nan", "Mon, 99 Foo 2026 25:61:61 GMT")),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(text, seconds):
+    assert retry_after(text, NOW) == seconds
 
 
-def test_retry_after_is_read_as_seconds_or_as_a_date():
-    assert retry_after("4", NOW) == 4.0
-    assert retry_after("4.5", NOW) == 4.0  # there are whole seconds only (RFC 9110)
-    assert retry_after(formatdate(NOW + 90, usegmt=True), NOW) == 90.0
-    assert retry_after("Monday, 21-Sep-26 14:50:15 GMT", NOW) == 2215.0  # the form of RFC 850
-    assert retry_after(None, NOW) is None
-    assert retry_after("", NOW) is None
-    assert retry_after("soon", NOW) is None
-    assert retry_after("nan", NOW) is None
-    assert retry_after("Mon, 99 Foo 2026 25:61:61 GMT", NOW) is None
-
-
+later = st.integers(-100, 4000)
 advice = st.one_of(
-    st.builds(lambda n: told(retry_after=str(n)), st.integers(-5, 4000)),
-    st.builds(
-        lambda n: told(retry_after=formatdate(NOW + n, usegmt=True)), st.integers(-100, 4000)
-    ),
-    st.builds(lambda text: told(retry_after=text), st.text(max_size=5)),
+    st.builds(lambda n: {"retry-after": str(n)}, later),
+    st.builds(lambda n: {"retry-after": formatdate(NOW + n, usegmt=True)}, later),
+    st.builds(lambda text: {"retry-after": text}, st.text(max_size=5)),
     st.just({}),
 )
+remaining = st.one_of(st.sampled_from(["0", "0.0", "0.5", "1", "-3"]), st.floats(0, 1000))
 limits = st.one_of(
-    st.builds(
-        lambda used, remaining, reset: told(
-            x_ratelimit_used=str(used),
-            x_ratelimit_remaining=str(remaining),
-            x_ratelimit_reset=str(reset),
-        ),
-        st.integers(0, 2000),
-        st.one_of(st.sampled_from(["0", "0.0", "0.5", "1", "-3"]), st.floats(0, 1000)),
-        st.integers(0, 600),
-    ),
-    st.just({}),
+    st.builds(window_told, st.integers(0, 2000), remaining, st.integers(0, 600)), st.just({})
 )
 answers = st.builds(
     lambda status, one, other: Answer(status, {**one, **other}, b""),
@@ -390,55 +369,29 @@ def test_a_poll_comes_when_a_page_of_posts_has(rate, interval, seconds):
 
 
 @pure
-@given(rates=st.lists(st.floats(1e-5, 30), min_size=2, max_size=9), left_out=st.integers(0, 8))
-def test_no_listing_waits_for_ever_however_busy_the_others_are(rates, left_out):
-    patient = rates[left_out % len(rates)]
-    assert urgency(patient, 1e5) > max(urgency(rate, 25.0) for rate in rates)
-
-
-def test_a_listing_that_seems_dead_is_expected_to_get_a_post_a_day():
-    assert urgency(0.0, 60.0) == urgency(1 / 86400, 60.0) < urgency(1 / 86399, 60.0)
-
-
-class Memory:
-    """Know every post, and a cursor of five seconds ago."""
-
-    def __init__(self, clock):
-        self.clock = clock
-
-    def cursor(self, name):
-        ago = int(self.clock.now) - 5
-        return Cursor(name, 0, ago, ago)
-
-    def rates(self):
-        return {}
-
-    def unstored(self, posts):
-        return []
+@given(rates=st.lists(st.floats(1e-5, 30), min_size=2, max_size=9))
+def test_no_listing_waits_for_ever_however_busy_the_others_are(rates):
+    assert urgency(rates[0], 1e5) > max(urgency(rate, 25.0) for rate in rates)
+    assert urgency(0.0, 60.0) == urgency(1 / 86400, 60.0) < urgency(1 / 86399, 60.0)  # one a day
 
 
 @pytest.mark.parametrize("others", [0.0, 0.1, 0.2, 0.3, 1.7])
-def test_no_pause_is_longer_than_the_rest_of_the_window(others):
-    clock = VirtualClock(NOW)
-    reddit = FakeReddit(clock)
-    for n in range(300):
-        reddit.add(fake_reddit.make_post(n, NOW - 300 + n))
-    reddit.budgets["oauth"] = fake_reddit.Budget(total=100, others=others)
-    access = pipeline.Access("", "app-id", "app-secret")
-    source = Reddit(access, fetch_from(reddit, clock), clock)
-    following = stream(source, ["python"], Memory(clock))
-    times = [clock.elapsed]
-    while times[-1] < 2 * HOUR:
-        next(following)
-        times.append(clock.elapsed)
+def test_no_pause_is_longer_than_the_rest_of_the_window(others, tmp_path):
+    world = World(str(tmp_path / "posts.db"))
+    world.serve = fetch_from(world.reddit, world.clock)
+    world.list_posts("p", 300, -300, 1)
+    world.reddit.budgets["oauth"] = fake_reddit.Budget(total=100, others=others)
+    times = [world.clock.elapsed]
+    with world.database:
+        for _ in world.follow():
+            times.append(world.clock.elapsed)
+            if times[-1] >= 2 * HOUR:
+                break
     assert max(b - a for a, b in pairwise(times)) <= 610
 
 
-def test_the_lag_expected_is_30_seconds_until_enough_is_known():
+def test_the_lag_expected_is_30_seconds_until_enough_is_known_and_then_what_is_seen():
     assert expected_lag([]) == expected_lag([0.0] * 999) == 30
-
-
-def test_the_lag_expected_adapts_to_what_is_seen():
     assert expected_lag([0.0] * 1000) == 5
     assert expected_lag([0.0] * 999 + [8.0]) == 17
     assert expected_lag([0.0] * 999 + [59.0]) == 60
@@ -501,10 +454,6 @@ def test_no_listing_loses_its_tail_while_another_is_walked_in_full(rate, per_min
     assert spares_full_walk(rate, per_minute / 60) is spare
 
 
-def test_a_restart_repeats_no_full_walk():
-    assert full_walks([NOW, NOW + 1, NOW + 2], 17.0, 1.0) == []
-
-
 @pure
 @given(st.lists(st.floats(-1e7, 1e7), max_size=20), st.floats(0.01, 30), st.floats(0.01, 10))
 def test_a_clock_that_is_set_causes_one_full_walk_at_most(steps, rate, share):
@@ -512,7 +461,7 @@ def test_a_clock_that_is_set_causes_one_full_walk_at_most(steps, rate, share):
     for step in steps:
         times += [times[-1] + step, times[-1] + step + 1.0]
     assert len(full_walks(times, rate, share)) <= 2 * len(steps)
-    assert full_walks([times[-1], times[-1]], rate, share) == []
+    assert full_walks([times[-1], times[-1]], rate, share) == []  # nor does a restart
 
 
 @pure
