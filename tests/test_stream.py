@@ -55,13 +55,12 @@ def told(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def grow(world: World, new: int, seconds: float = 300, **more: Any) -> int:
-    """Poll when 20 posts are listed, then list new ones; give the number of requests so far."""
+def grow(world: World, new: int, seconds: float = 300, **more: Any) -> None:
+    """Poll when 20 posts are listed, then list new ones."""
     world.list_posts("old", 20, -100, 1, **more)
     world.once()
     world.clock.advance(seconds)
     world.list_posts("new", new, 1, 1, **more)
-    return len(world.asked())
 
 
 class KilledError(BaseException):
@@ -76,9 +75,8 @@ def die() -> None:
 
 
 def test_a_poll_reads_older_pages_until_it_is_past_the_cursor(world):
-    asked = grow(world, 250, 290)
-    world.once()
-    assert world.asked(asked) == ["python", "python after new150", "python after new50"]
+    grow(world, 250, 290)
+    assert world.asked_by(world.once) == ["python", "python after new150", "python after new50"]
     assert len(world.stored()) == 270
 
 
@@ -86,14 +84,6 @@ def test_posts_come_oldest_first_and_those_of_a_second_by_their_ids(world):
     for identifier, age in (("c", -10), ("zz", -30), ("100", -30), ("9", -30), ("b", -20)):
         world.reddit.add(listed(identifier, age))
     assert [ids_of(batch.posts) for batch in world.once()] == [["9", "zz", "100", "b", "c"]]
-
-
-def test_a_walk_of_several_pages_is_one_batch_with_its_cursor(world):
-    world.list_posts("p", 250, -250, 1)
-    (batch,) = world.once()
-    assert len(batch.posts) == 250
-    assert batch.cursors == [pipeline.Cursor("python", T - 250, T - 1, T)]
-    assert batch.gaps == []
 
 
 def test_a_post_is_given_only_once_and_a_second_start_goes_on(world):
@@ -120,9 +110,7 @@ def test_a_page_ends_the_walk_when_its_last_ten_posts_are_old(world, old, pages)
     for n in range(old):
         world.reddit.add(listed(f"old{n}", -1000 + n), rank=T + 60 + n / 100)
     world.list_posts("q", 200 - old, 70, 1)
-    asked = len(world.asked())
-    world.once()
-    assert len(world.asked(asked)) == pages
+    assert len(world.asked_by(world.once)) == pages
 
 
 def test_an_old_post_on_top_ends_nothing(world):
@@ -137,9 +125,7 @@ def test_a_short_page_ends_the_walk_when_all_its_posts_are_old(world):
     world.once()
     page = listing([child("x", -500)], "t3_x")
     world.reddit.serve_listing_bytes(page)
-    asked = len(world.asked())
-    world.once()
-    assert world.asked(asked) == ["python"]
+    assert world.asked_by(world.once) == ["python"]
 
 
 def test_posts_of_another_source_move_no_cursor_and_end_no_walk(world):
@@ -194,8 +180,7 @@ def test_posts_gaps_and_cursors_are_one_transaction(world):
 
 def test_what_appears_within_the_look_back_is_not_missed(world):
     world.list_posts("p", 1000, -1000, 1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.reddit.add(listed("late", -28))
     world.list_posts("new", 95, 1, 0.1)
     assert "late" in ids_of(next(stream).posts)
@@ -215,11 +200,8 @@ def test_the_look_back_stays_long_while_posts_are_late(world):
 
 def test_the_look_back_is_half_of_the_listing_at_most(world):
     world.list_posts("p", 1000, -25, 0.025)
-    stream = world.follow()
-    next(stream)
-    asked = len(world.asked())
-    next(stream)
-    assert len(world.asked(asked)) == 5  # 500 posts, of which 40 come a second
+    stream = world.started()
+    assert len(world.asked_by(stream.__next__)) == 5  # 500 posts, of which 40 come a second
 
 
 def pages_of_each_poll(world: World, lateness: float, polls: int = 40) -> list[int]:
@@ -242,15 +224,12 @@ def pages_of_each_poll(world: World, lateness: float, polls: int = 40) -> list[i
 
 def test_what_is_approved_later_is_stored_by_a_full_walk_within_five_minutes(world):
     world.list_posts("p", 900, -900, 1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.reddit.add(listed("approved", -500))
     full_walks = []
     for n in range(30):  # 750 s
         world.list_posts(f"n{n}x", 25, n * 25, 1)
-        asked = len(world.asked())
-        next(stream)
-        if len(world.asked(asked)) == 10:
+        if len(world.asked_by(stream.__next__)) == 10:
             full_walks.append(world.clock.time() - T)
     assert full_walks == [300, 600]
     assert "approved" in world.stored()
@@ -258,8 +237,7 @@ def test_what_is_approved_later_is_stored_by_a_full_walk_within_five_minutes(wor
 
 def test_a_walk_that_goes_on_into_a_turn_does_not_use_it_up(world):
     world.list_posts("p", 900, -900, 1)
-    stream = world.follow(interval=23)
-    next(stream)
+    stream = world.started(interval=23)
     for n in range(13):
         world.list_posts(f"n{n}x", 20 if n < 12 else 150, n * 23, 0.1)
         if n == 12:  # at 299 s, and the full walk is due at 300 s
@@ -274,11 +252,9 @@ def test_a_walk_that_goes_on_into_a_turn_does_not_use_it_up(world):
 def test_a_feed_is_walked_in_full_though_the_budget_makes_it_wait(world):
     leave_only_the_feed(world)
     world.list_posts("p", 900, -9000, 10, **FEED)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.reddit.add(listed("approved", -5000, **FEED))
-    while world.clock.time() < T + 1300:
-        next(stream)
+    world.run(stream, 1300)
     assert "approved" in world.stored()
 
 
@@ -287,9 +263,7 @@ def test_a_quiet_listing_is_hardly_ever_walked_in_full(world):
     full_walks = []
     stream = world.follow(interval=300)
     for n in range(288):  # a day
-        asked = len(world.asked())
-        next(stream)
-        if len(world.asked(asked)) > 1:
+        if len(world.asked_by(stream.__next__)) > 1:
             full_walks.append(n)
         world.reddit.add(listed(f"n{n}", n * 300))
     assert len(full_walks) == 3
@@ -384,27 +358,23 @@ def test_a_feed_ends_where_nothing_comes_behind_an_anchor_that_is_still_listed(w
 
 def test_the_end_of_a_feed_is_found_though_new_posts_push_it_out(world):
     leave_only_the_feed(world)
-    asked = grow(world, 1200, 2000, **FEED)
+    grow(world, 1200, 2000, **FEED)
 
     def push_out(*_: object) -> None:
         world.list_posts(f"more{len(world.asked())}x", 3, world.clock.time() - T, 0, **FEED)
 
     world.reddit.faults = push_out
-    world.once()
-    assert len(world.asked(asked)) <= 16
+    assert len(world.asked_by(world.once)) <= 16
     assert len(world.gaps()) == 1
 
 
 def test_ten_pages_in_a_row_are_the_whole_of_a_feed(world):
     leave_only_the_feed(world)  # ten requests a minute: the next one would wait
     world.list_posts("old", 20, -100, 1, **FEED)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.clock.advance(2000)
     world.list_posts("new", 1200, 801, 1, **FEED)
-    asked = len(world.asked())
-    next(stream)
-    assert len(world.asked(asked)) == 10
+    assert len(world.asked_by(stream.__next__)) == 10
     assert world.gaps() == [("python", T - 81 - 30, T + 1001 + 9)]
 
 
@@ -441,13 +411,12 @@ def test_a_walk_that_has_to_begin_anew_moves_the_cursor_to_its_first_beginning_o
 
 
 def test_a_page_that_comes_again_and_again_ends_the_walk(world):
-    asked = grow(world, 0, 1000)
+    grow(world, 0, 1000)
     page = listing([child(f"x{n}", n) for n in range(100, 0, -1)], "t3_x1")
     world.reddit.faults = lambda method, path, query: (
         (200, {"content-type": "application/json"}, page) if "/new" in path else None
     )
-    world.once()
-    assert len(world.asked(asked)) <= 10
+    assert len(world.asked_by(world.once)) <= 10
 
 
 def test_empty_pages_below_a_full_one_are_no_end_of_the_listing(world):
@@ -558,8 +527,7 @@ def test_a_post_that_reddit_keeps_on_top_does_not_show_that_nothing_was_pushed_o
 
 def test_the_lateness_seen_makes_a_gap_begin_closer_to_the_cursor(world):
     world.list_posts("p", 20, -100, 1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     for n in range(1300):
         age = world.clock.time() - T
         world.reddit.add(listed(f"n{n}", age))
@@ -578,8 +546,7 @@ def test_the_lateness_seen_makes_a_gap_begin_closer_to_the_cursor(world):
 
 def test_gaps_are_told_at_the_first_and_then_once_an_hour_with_names_and_number(world, told):
     world.list_posts("p", 20, -100, 1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     hours = []
     for n in range(8):
         world.list_posts(f"g{n}x", 1060, world.clock.time() - T, 1)
@@ -718,8 +685,7 @@ def test_when_the_budget_is_short_a_name_a_hundred_times_as_busy_is_walked_ten_t
     world.reddit.grow(1.0, ["python"])
     world.reddit.grow(0.01, ["rust"], seed=1)
     stream = world.follow("python", "rust")
-    while world.clock.time() < T + 3600:
-        next(stream)
+    world.run(stream, 3600)
     walks = [request for request in world.asked() if "after" not in request]
     runs = [len(list(run)) for name, run in itertools.groupby(walks) if name == "python"]
     assert len(runs) >= 10
@@ -729,16 +695,19 @@ def test_when_the_budget_is_short_a_name_a_hundred_times_as_busy_is_walked_ten_t
 # A new name
 
 
-@pytest.mark.parametrize(("budget", "pages"), [(1000, 10), (3, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("listed", "budget", "pages", "since"),
+    [(250, 1000, 3, -250), (1200, 1000, 10, -991), (1200, 3, 3, -291), (1200, 1, 1, -91)],
+)
 def test_a_new_name_is_walked_as_deep_as_listing_and_budget_allow_without_waiting(
-    world, budget, pages
+    world, listed, budget, pages, since
 ):
     world.reddit.budgets["oauth"] = Budget(budget)
-    world.list_posts("p", 1200, -1200, 1)
+    world.list_posts("p", listed, -listed, 1)
     (batch,) = world.once()
-    assert (len(world.asked()), len(world.stored())) == (pages, 100 * pages)
-    assert batch.cursors == [pipeline.Cursor("python", T - 100 * pages + 9, T - 1, T)]
-    assert (world.clock.time(), world.gaps()) == (T, [])
+    assert (len(world.asked()), len(batch.posts)) == (pages, min(listed, 100 * pages))
+    assert batch.cursors == [pipeline.Cursor("python", T + since, T - 1, T)]
+    assert (world.clock.time(), batch.gaps) == (T, [])
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -829,7 +798,8 @@ def test_a_walk_that_began_anew_names_no_gap_that_its_first_pages_had_passed(wor
 
 
 def test_an_empty_newest_page_is_asked_for_three_times_more(world):
-    asked = grow(world, 1)
+    grow(world, 1)
+    asked = len(world.asked())
     world.reddit.script(*[EMPTY] * 3)
     assert [ids_of(batch.posts) for batch in world.once()] == [["new0"]]
     assert world.asked(asked) == ["python"] * 4
@@ -851,8 +821,7 @@ def test_an_empty_newest_page_is_believed_the_fourth_time_and_then_at_once(world
 
 def test_an_empty_page_that_was_believed_is_taken_for_nothing_read(world):
     world.list_posts("a", 2, -50, 1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.clock.advance(200)
     world.list_posts("b", 120, 10, 1)
     world.reddit.script(*[EMPTY] * 4)
@@ -920,8 +889,7 @@ def test_a_cursor_never_moves_back_and_posts_without_a_time_move_nothing(world):
 def test_a_walk_starts_only_when_the_window_carries_what_the_last_one_took(world):
     world.reddit.budgets["oauth"] = Budget(12, phase=T % 600)
     world.list_posts("p", 20, -100, 1)
-    stream = world.follow(interval=60)
-    next(stream)
+    stream = world.started(interval=60)
     for n in range(3):
         age = world.clock.time() - T
         world.list_posts(f"n{n}x", 370, age - 50, 0.001)
@@ -934,25 +902,11 @@ def test_a_walk_starts_only_when_the_window_carries_what_the_last_one_took(world
     assert [seen.status for seen in world.reddit.requests() if seen.status != 200] == []
 
 
-@pytest.mark.parametrize(("total", "window"), [(6, 10), (20, 30)])
-def test_windows_of_any_length_are_used_and_never_overdrawn(world, total, window):
-    world.reddit.budgets["oauth"] = Budget(total, window)
-    world.reddit.grow(20.0, ["python"], start=T - 20)
-    stream = world.follow()
-    while world.clock.time() < T + 8 * window:
-        next(stream)
-    seen = world.reddit.requests()
-    assert {request.status for request in seen} == {200}
-    pauses = [later.time - earlier.time for earlier, later in itertools.pairwise(seen)]
-    assert max(pauses) <= window + 1
-
-
 # Failures
 
 
 def test_a_name_that_fails_three_times_is_told_once_and_so_is_its_end(world, told):
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     for failures in (1, 2):
         world.reddit.script(*[error_reply(503, "down")] * failures)
         next(stream)
@@ -967,9 +921,7 @@ def test_a_name_that_fails_three_times_is_told_once_and_so_is_its_end(world, tol
 
 def test_an_outage_that_several_names_see_is_told_once(world, told):
     names = quiet_names(world, 5)
-    stream = world.follow(*names)
-    for _ in names:
-        next(stream)
+    stream = world.started(*names)
     world.reddit.script(*[Fault("refuse")] * 60)
     for _ in names:
         next(stream)
@@ -992,8 +944,7 @@ def test_an_outage_is_told_though_a_name_was_failing_before(world, told):
 
     world.reddit.faults = faults
     stream = world.follow("python", "broken")
-    while world.clock.time() < T + 1000:
-        next(stream)
+    world.run(stream, 1000)
     assert len(outage) > 500
     assert [text.split()[0] for text in told()] == ["r/broken:", "r/python:", "r/python"]
 
@@ -1010,8 +961,7 @@ def test_a_name_that_always_fails_takes_nothing_from_one_that_is_well(world, tmp
         break_names(world, "broken")
         world.reddit.grow(7.0, ["python"], start=T - 100)
         stream = world.follow(*names)
-        while world.clock.time() < T + 300:
-            next(stream)
+        world.run(stream, 300)
         return [seen.time for seen in world.reddit.requests("/r/python/")]
 
     alone = World(str(tmp_path / "alone.db"))
@@ -1026,8 +976,7 @@ def test_a_name_that_fails_is_asked_again_in_the_next_window(world):
     break_names(world, "broken")
     world.list_posts("p", 1000, -100_000, 100)
     stream = world.follow("python", "broken")
-    while world.clock.time() < T + 4000:
-        next(stream)
+    world.run(stream, 4000)
     tries = [seen.time for seen in world.reddit.requests("/r/broken/")]
     assert max(later - earlier for earlier, later in itertools.pairwise(tries)) <= 600
 
@@ -1092,8 +1041,7 @@ def test_once_with_a_name_that_is_gone_and_one_that_fails_names_both(world):
 
 
 def test_following_never_gives_up(world):
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     world.reddit.script(*[Fault("refuse")] * 500)
     next(stream)
     assert world.clock.time() - T > 1000
@@ -1101,8 +1049,7 @@ def test_following_never_gives_up(world):
 
 def test_waits_after_failures_grow_to_five_seconds_on_a_busy_listing(world):
     world.list_posts("p", 200, -20, 0.1)
-    stream = world.follow()
-    next(stream)
+    stream = world.started()
     start = len(world.asked())
     world.reddit.script(*[Fault("refuse")] * 9)
     next(stream)

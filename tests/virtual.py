@@ -195,6 +195,18 @@ class World:
             self.load(batch.posts, batch.cursors, batch.gaps)
             yield batch
 
+    def started(self, *names: str, **options: Any) -> Iterator[pipeline.Batch]:
+        """Follow names that have been polled once each."""
+        batches = self.follow(*names, **options)
+        for _ in names or ("python",):
+            next(batches)
+        return batches
+
+    def run(self, batches: Iterator[pipeline.Batch], until: float) -> None:
+        """Store what comes until so many seconds after T."""
+        while self.clock.time() < T + until:
+            next(batches)
+
     def load(self, posts: list[Post], *more: Any) -> None:
         pipeline.load(self.database, map(pipeline.transform, posts), *more)
 
@@ -219,6 +231,12 @@ class World:
         """Give the listing requests since that number, as `python` or `python after x`."""
         seen = [(r.path.split("/")[2], r.query.get("after")) for r in self.reddit.requests()]
         return [f"{names} after {after[3:]}" if after else names for names, after in seen[start:]]
+
+    def asked_by(self, poll: Callable[[], Any]) -> list[str]:
+        """Poll; give the listing requests that took."""
+        start = len(self.asked())
+        poll()
+        return self.asked(start)
 
 
 def as_http(request: pipeline.Request) -> tuple[str, str, dict[str, str], dict[str, str], bytes]:
