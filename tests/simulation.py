@@ -38,7 +38,6 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -588,34 +587,14 @@ class Model(FakeReddit):
 # A run
 
 
-@dataclass
-class Result:
-    """What came of one run."""
+class Result(Counter[str]):
+    """What came of one run: numbers of posts, gaps, requests and minutes, and seconds of delay.
 
-    counted: int = 0
-    captured: int = 0
-    all_counted: int = 0
-    all_captured: int = 0
-    late: int = 0
-    late_captured: int = 0
-    requests: int = 0
-    minutes: float = 0.0
-    delays: list[float] = field(default_factory=list)
-    true: int = 0
-    idle: int = 0
-    false: int = 0
-    careful: int = 0  # of the false ones: the listing held more than three quarters of its places
-    lost_inside: int = 0
-    holes: int = 0  # losses outside every gap, from before the cursor, of posts listed at once
-    owed: int = 0
-    caught_up: int = 0
-    catch_up: int = 0
-    refusals: int = 0
-    twice: int = 0
+    careful: those of the false gaps whose listing held more than three quarters of its places.
+    holes: losses outside every gap, from before the cursor, of posts listed at once.
+    """
 
-    @property
-    def lost(self) -> int:
-        return self.counted - self.captured
+    delays: Sequence[float] = ()
 
 
 class Named(NamedTuple):
@@ -648,6 +627,7 @@ class Run:
         self.committed: dict[str, float] = {}
         self.gaps: list[tuple[Named, bool]] = []  # with: it is false
         self.result = Result()
+        self.result.delays = self.delays = list[float]()
         self.owed: dict[str, list[Post]] = {}
         self.owed_since = 0
         self.down = 0.0
@@ -698,12 +678,12 @@ class Run:
     def _note(self, batch: pipeline.Batch, gaps: Sequence[Named]) -> None:
         """Write down what a transaction has stored, and when."""
         for post in batch.posts:
-            self.result.twice += post["id"] in self.committed
+            self.result["twice"] += post["id"] in self.committed
             self.committed.setdefault(post["id"], self.clock.now)
         for gap in gaps:
             self.gaps.append((gap, self.got_back(gap)))
             held = self.model.held(gap.subreddit)
-            self.result.careful += self.gaps[-1][1] and held > 3 * HORIZON / 4
+            self.result["careful"] += self.gaps[-1][1] and held > 3 * HORIZON / 4
         self.model.walks.clear()
         for cursor in batch.cursors:
             self._check_owed(cursor.subreddit)
@@ -741,11 +721,11 @@ class Run:
         edge = 20 * (self.model.held(name) > HORIZON)
         still = set(listing[: len(listing) - edge])
         owed = [post for post in owed if post.id in still]
-        self.result.owed += len(owed)
-        self.result.caught_up += sum(post.id in self.committed for post in owed)
+        self.result["owed"] += len(owed)
+        self.result["caught_up"] += sum(post.id in self.committed for post in owed)
         if owed:
             requests = self.model.asked - self.owed_since
-            self.result.catch_up = max(self.result.catch_up, requests)
+            self.result["catch_up"] = max(self.result["catch_up"], requests)
 
     def _count(self) -> None:
         """Compare the database with the world."""
@@ -761,8 +741,8 @@ class Run:
                 for row in rows
             ), "the database lacks a gap that was named"
         result, model = self.result, self.model
-        result.requests, result.refusals = model.asked, model.refusals
-        result.minutes = (self.clock.now - model.start - self.down) / 60
+        result["requests"], result["refusals"] = model.asked, model.refusals
+        result["minutes"] = (self.clock.now - model.start - self.down) / 60
         for post in model.plan.values():
             begins = since.get(post.subreddit, since.get("all", math.inf))
             if post.created < max(model.start, begins + 1) or post.listed > self.end:
@@ -770,7 +750,7 @@ class Run:
             self._count_post(post, post.id in stored, rows)
             passed = post.created + AT_ONCE < until.get(post.subreddit, until.get("all", 0.0))
             if passed and not post.is_late and post.listed - post.created <= AT_ONCE:
-                result.holes += self._is_hole(post, stored, rows)
+                result["holes"] += self._is_hole(post, stored, rows)
         self._count_gaps(stored)
 
     def _is_hole(self, post: Post, stored: set[str], gaps: list[tuple[str, int, int]]) -> bool:
@@ -782,19 +762,19 @@ class Run:
         result = self.result
         gone = post.id in self.model.removed
         if post.is_late:
-            result.late += not gone
-            result.late_captured += stored and not gone
+            result["late"] += not gone
+            result["late_captured"] += stored and not gone
             return
-        result.all_counted += 1
-        result.all_captured += stored
+        result["all_counted"] += 1
+        result["all_captured"] += stored
         if gone:
             return
-        result.counted += 1
-        result.captured += stored
+        result["counted"] += 1
+        result["captured"] += stored
         if stored:
-            result.delays.append(self.committed[post.id] - post.listed)
+            self.delays.append(self.committed[post.id] - post.listed)
         else:
-            result.lost_inside += any(is_inside(post, *row) for row in gaps)
+            result["lost_inside"] += any(is_inside(post, *row) for row in gaps)
 
     def _count_gaps(self, stored: set[str]) -> None:
         """Tell true gaps from idle and false ones."""
@@ -809,9 +789,9 @@ class Run:
                 and is_inside(post, gap.subreddit, gap.after_utc, gap.before_utc)
                 for post in missing
             )
-            self.result.false += false
-            self.result.true += hit and not false
-            self.result.idle += not hit and not false
+            self.result["false"] += false
+            self.result["true"] += hit and not false
+            self.result["idle"] += not hit and not false
 
 
 def is_inside(post: Post, name: str, after: int, before: int) -> bool:
@@ -896,11 +876,11 @@ def search(worlds: int, seed: int, longest: float = 180.0) -> int:
     for world in range(worlds):
         rng = random.Random(f"{seed} drawn {world}")
         result = simulate(draw_scenario(rng, longest), f"{seed} world {world}")
-        false = result.false - result.careful  # where it cannot be known, one is named to be safe
-        found = {"holes": result.holes, "false": false, "twice": result.twice}
-        sums.update(found, careful=result.careful, idle=result.idle, true=result.true)
-        sums.update(posts=result.counted)
-        sums.update(lost=result.lost, requests=result.requests)
+        # Where it cannot be known, a gap is named to be safe.
+        result["false"] -= result["careful"]
+        found = {name: result[name] for name in ("holes", "false", "twice")}
+        for name in (*found, "careful", "idle", "true", "counted", "captured", "requests"):
+            sums[name] += result[name]
         if any(found.values()):
             faulty += 1
             print(f"world {world} of seed {seed}: {found}", flush=True)
@@ -930,12 +910,13 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
     """
 
     def total(name: str) -> float:
-        return float(sum(getattr(result, name) for result in results))
+        return float(sum(result[name] for result in results))
 
+    lost = total("counted") - total("captured")
     delays = [delay for result in results for delay in result.delays]
     return {
         "captured": percent(total("captured"), total("counted")),
-        "least": min(percent(result.captured, result.counted) for result in results),
+        "least": min(percent(result["captured"], result["counted"]) for result in results),
         "of all": percent(total("all_captured"), total("all_counted")),
         "late": percent(total("late_captured"), total("late")),
         "req/min": total("requests") / total("minutes"),
@@ -944,10 +925,10 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
         "true": total("true"),
         "idle": total("idle"),
         "false": total("false"),
-        "lost": total("lost"),
-        "inside": percent(total("lost_inside"), total("lost")),
+        "lost": lost,
+        "inside": percent(total("lost_inside"), lost),
         "caught up": percent(total("caught_up"), total("owed")),
-        "catch-up": max(float(result.catch_up) for result in results),
+        "catch-up": max(float(result["catch_up"]) for result in results),
         "429/h": total("refusals") / total("minutes") * 60,
         "twice": total("twice"),
         "holes": total("holes"),

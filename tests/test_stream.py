@@ -335,7 +335,7 @@ def leave_out(world: World, ids: set[str]) -> None:
 
 
 @pytest.mark.parametrize("removed", [1, 30, 60])
-@pytest.mark.parametrize("empty", [1, 3, 4, 6])
+@pytest.mark.parametrize("empty", [1, 3, 6, 10])
 def test_a_silence_behind_a_page_with_some_room_is_no_end(world, empty, removed):
     grow(world, 250)
     leave_out(world, {f"new{160 + n}" for n in range(removed)})
@@ -417,16 +417,6 @@ def test_a_page_that_comes_again_and_again_ends_the_walk(world):
         (200, {"content-type": "application/json"}, page) if "/new" in path else None
     )
     assert len(world.asked_by(world.once)) <= 10
-
-
-def test_empty_pages_below_a_full_one_are_no_end_of_the_listing(world):
-    grow(world, 250)
-    world.reddit.script(None, *[EMPTY] * 20)
-    with contextlib.suppress(pipeline.Failed):
-        world.once()
-    world.reddit._script.clear()
-    world.once()
-    assert len(world.stored()) == 270 or world.gaps() == [("python", T - 111, T + 160)]
 
 
 # Gaps
