@@ -266,6 +266,7 @@ class Item:
 
 
 PLACE = operator.attrgetter("key")
+"""Tell where an item stands."""
 
 
 def iso(utc: float) -> str:

@@ -45,8 +45,9 @@ MINUTES = {
     20: "all down scarce one cut beside-ten anonymous feed",
     30: "outage bare-429s three thirty forty cron",
     40: "late on-top",
-    60: "kills thinned young feed-kills feed-young forty-slow forty-mixed private headless",
-    120: "beside approved approved-beside",
+    60: "kills thinned young feed-kills feed-young forty-slow forty-mixed private headless beside"
+    " approved",
+    120: "approved-beside",
     180: "quiet",
 }
 KILLS = {1: "restart", 2: "three", 3: "kills thinned young cut feed-kills feed-young"}
@@ -84,24 +85,6 @@ def test_every_scenario_meets_its_bars_in_a_short_run(name: str) -> None:
     missed = missed_bars(scenario, values)
     missed = [line for line in missed if name not in TOO_FEW.get(line.split()[0], "").split()]
     assert not missed, f"seed {seed!r}: {values}"
-
-
-def test_a_busy_name_hides_no_quiet_one(tmp_path: Any) -> None:
-    seed = f"{random.SystemRandom().randrange(10**9)} three"
-    scenario = SCENARIOS["three"]._replace(minutes=60, kills=2, life=(20, 40))
-    scenario = scenario._replace(down=(400.0, 600.0))
-    run = Run(scenario, seed, tmp_path)
-    run.live()
-    assert {gap.subreddit for gap, _ in run.gaps} == {"busy"}, f"seed {seed!r}"
-    lost = [
-        post
-        for post in run.model.plan.values()
-        if run.model.start + 60 < post.created < post.listed < run.end
-        and post.id not in run.committed
-        and post.id not in run.model.removed
-        and not post.is_late
-    ]
-    assert {post.subreddit for post in lost} == {"busy"}, f"seed {seed!r}"
 
 
 def test_drawn_worlds_have_no_holes_and_no_false_gaps() -> None:
