@@ -2,7 +2,7 @@
 
 A follower in bad weather is compared with one in calm weather that sees the same posts. The
 seed is drawn anew and printed; REDPIPE_SEED=… repeats a run. `./tests/run --long` takes 10,000
-requests in the place of 200 (some minutes); with -s it shows the figures.
+requests in the place of 150 (some minutes); with -s it shows the figures.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from fake_reddit import (
     FakeReddit,
     Fault,
     atom_feed,
-    encoded,
-    gzipped,
     make_post,
     reply,
 )
@@ -59,21 +57,6 @@ WEATHER = {
 }
 """Everything that test_answers.py has and that holds no post, and what connections do."""
 SLOW = {"hang", "drip"}
-
-
-def spoilt(body):
-    """Put what no XML may hold into the texts of a feed, which are not kept."""
-    return body.replace(b"Nobody", b"\x1b \xff & &nbsp; &#0; <!DOCTYPE> <b>")
-
-
-HARMLESS = {
-    "in members": lambda answer: gzipped(answer, 3),
-    "with bytes behind": lambda answer: gzipped(answer, 1, b"\0rubbish"),
-    "in identity": lambda answer: encoded(answer, "identity"),
-    "behind a mark": lambda answer: (*answer[:2], b"\xef\xbb\xbf" + answer[2]),
-    "spoilt": lambda answer: (*answer[:2], b"\n " + spoilt(answer[2])),
-}
-"""What changes nothing of an answer's meaning."""
 CREDENTIALS = {"oauth": ("app-id", "app-secret"), "feed": ()}
 # So slow that what is listed outlasts the waits: 429s without advice are doubled up to minutes.
 RATE = {"oauth": 0.05, "feed": 0.02}
@@ -89,7 +72,6 @@ class Sky:
         self.kinds = sorted(kinds)
         self.share = 0.0
         self.seen = Counter()
-        self.disguised = Counter()
         self.injected = []
 
     def __call__(self, method, path, query):
@@ -101,14 +83,6 @@ class Sky:
         if not isinstance(answer, Fault) and answer[0] == 429:
             self.injected.append(self.clock.time())
         return answer
-
-    def disguise(self, answer):
-        """Give a good answer in another form."""
-        if answer[0] != 200 or self.dice.random() >= self.share:
-            return answer
-        kind = self.dice.choice(sorted(HARMLESS))
-        self.disguised[kind] += 1
-        return HARMLESS[kind](answer)
 
 
 def guarded(fetch, clock):
@@ -149,8 +123,6 @@ def follow(path, seed, requests, *, until=0.0, source="oauth", kinds=WEATHER, re
     world.budgets["oauth"] = Budget(20, phase=200)
     world.grow(RATE[source], ["python"], 1.0, start=START - 3600, seed=seed)
     world.faults = sky = Sky(seed, clock, kinds)
-    respond = world.respond
-    world.respond = lambda *request: sky.disguise(respond(*request))
     fetch = http_fetch() if real else fetch_from(world, clock)
     access = Access(world.start().url if real else "", *CREDENTIALS[source])
     reddit = Reddit(access, guarded(fetch, clock), clock)
@@ -212,8 +184,8 @@ def alternate(said):
 
 
 @pytest.mark.parametrize("source", ["oauth", "feed"])
-def test_a_storm_of_200_requests_changes_nothing(source, compare):
-    compare(200, source=source)
+def test_a_storm_of_150_requests_changes_nothing(source, compare):
+    compare(150, source=source)
 
 
 @pytest.mark.long
@@ -222,11 +194,10 @@ def test_a_storm_of_200_requests_changes_nothing(source, compare):
 def test_a_storm_of_10_000_requests_changes_nothing(source, compare):
     stormy = compare(10_000, source=source)
     assert stormy.sky.seen.keys() == WEATHER.keys()
-    assert stormy.sky.disguised.keys() == HARMLESS.keys()
 
 
 def test_a_storm_over_a_real_connection_changes_nothing(compare):
-    compare(150, kinds=WEATHER.keys() - SLOW, real=True)
+    compare(100, kinds=WEATHER.keys() - SLOW, real=True)
 
 
 @pytest.mark.parametrize(("lifetime", "interval"), [(3600.0, 25.0), (86_400.0, 900.0), (60.0, 7.0)])
