@@ -878,12 +878,10 @@ OF_JSON = {
     "Failed": {**FAILED, 400: 31},
 }
 OF_TOKEN = {"AskAgain": {429: 1}, "Refused": {200: 5, 400: 2, 401: 1}, "good": {200: 17}}
+RECORDED = {"oauth": OF_LISTING, "feed": OF_LISTING, "json": OF_JSON, "token": OF_TOKEN}
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [("oauth", OF_LISTING), ("feed", OF_LISTING), ("json", OF_JSON), ("token", OF_TOKEN)],
-)
+@pytest.mark.parametrize(("source", "expected"), RECORDED.items(), ids=RECORDED)
 def test_every_recorded_error_has_a_sensible_consequence(source, expected, recorded):
     of_token = source == "token"
     answers = [answer for url, answer in recorded if not of_token or "access_token" in url]
