@@ -156,8 +156,11 @@ def test_a_certificate_is_taken_whatever_else_is_there(name, tmp_path, trouble):
 # Warnings
 
 
-@pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("faults", [[], [TRUNCATE, gzip_bomb()]], ids=["calm", "trouble"])
+@pytest.mark.parametrize(
+    ("closed", "faults"),
+    [(False, []), (True, []), (False, [TRUNCATE, gzip_bomb()])],
+    ids=["open", "closed", "trouble"],
+)
 def test_a_run_in_development_mode_warns_of_nothing(
     closed, faults, pyz, bare_python, fake_reddit, tmp_path
 ):
@@ -167,3 +170,4 @@ def test_a_run_in_development_mode_warns_of_nothing(
     command = [bare_python, "-X", "dev", "-W", "error", pyz, "-q", "--once", "posts.db", "python"]
     done = run_bare(*command, REDPIPE_URL=fake_reddit.url, TMPDIR=str(tmp_path), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(fake_reddit.log) > len(faults)
