@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from artefact import wait_for
-from conftest import add_posts, count_posts, query, stored
+from conftest import add_posts, query, stored
 from fake_reddit import make_post
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("app")]
@@ -137,38 +135,6 @@ def test_a_reader_that_is_killed_ends_it_and_what_it_was_not_given_comes_again(
     assert ids(redpipe("--print", "--once", database, "python").out) == new
 
 
-def test_a_reader_that_has_gone_ends_it_by_sigpipe_in_silence(redpipe, fake_reddit, database):
-    add_posts(fake_reddit, range(300))
-    read, write = os.pipe()
-    os.close(read)
-    process = redpipe.start_through(*redpipe.command, "--print", database, "python", stdout=write)
-    os.close(write)
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (-signal.SIGPIPE, "")
-    assert stored(database) == []
-    assert list(redpipe.tmpdir.iterdir()) == []
-
-
-def test_head_takes_its_lines_and_what_was_stored_was_written_first(redpipe, fake_reddit, database):
-    posts = add_posts(fake_reddit, range(3))
-    shell = '"$@" --print --interval=1 posts.db python | head -4; exit ${PIPESTATUS[0]}'
-    process = subprocess.Popen(
-        ["bash", "-c", shell, "bash", *redpipe.command],
-        cwd=redpipe.directory,
-        env=redpipe.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: count_posts(database) == 3)
-    posts += add_posts(fake_reddit, range(3, 5))
-    wait_for(lambda: len(stored(database)) == 5)
-    add_posts(fake_reddit, range(5, 6))
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, ids(out), err) == (128 + signal.SIGPIPE, posts[:4], "")
-    assert len(stored(database)) == 5
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_heard_while_the_reader_stalls(redpipe, fake_reddit, database, number):
     add_posts(fake_reddit, range(900))
@@ -201,40 +167,3 @@ def test_a_reader_that_stalls_misses_what_leaves_the_listing_and_a_gap_says_so(
     assert redpipe.stop(process).status == -signal.SIGTERM
     assert set(first) <= set(seen)
     assert query(database, "SELECT count(*) FROM gaps") == [(1,)]
-
-
-def test_a_full_disk_ends_it_with_74_and_nothing_is_stored(redpipe, fake_reddit, database):
-    posts = add_posts(fake_reddit, range(3))
-    with Path("/dev/full").open("wb") as full:
-        process = redpipe.start_through(
-            *redpipe.command, "--print", "--once", database, "python", stdout=full
-        )
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 74
-    assert err == "redpipe: standard output: No space left on device\n"
-    assert stored(database) == []
-    assert ids(redpipe("--print", "--once", database, "python").out) == posts
-
-
-def test_a_closed_standard_output_ends_it_with_74(redpipe, fake_reddit, database):
-    add_posts(fake_reddit, range(3))
-    shell = 'exec "$@" --print --once posts.db python >&-'
-    process = subprocess.Popen(
-        ["sh", "-c", shell, "sh", *redpipe.command],
-        cwd=redpipe.directory,
-        env=redpipe.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (74, "redpipe: standard output: closed\n")
-    assert stored(database) == []
-
-
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_on_a_full_disk_is_one_line(redpipe, option):
-    with Path("/dev/full").open("wb") as full:
-        process = redpipe.start_through(*redpipe.command, option, stdout=full)
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 74
-    assert err == "redpipe: standard output: No space left on device\n"

@@ -35,6 +35,7 @@ from conftest import (
     wait_for_end,
 )
 from fake_reddit import HANG, FakeReddit, error_reply, make_post
+from pipeline import Database
 
 pytestmark = [
     pytest.mark.usefixtures("app"),
@@ -43,6 +44,7 @@ pytestmark = [
 ]
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+FOLLOW = ("--interval=1", "posts.db", "python")
 SLOW_INSERTS = """
 CREATE TRIGGER slow BEFORE INSERT ON posts BEGIN SELECT (
     WITH RECURSIVE counted (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counted WHERE n < 20000)
@@ -81,23 +83,18 @@ def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 # Stages
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_during_a_request_that_hangs(redpipe, fake_reddit, database, number):
-    add_posts(fake_reddit, range(7))
-    fake_reddit.script(None, HANG)
-    process = redpipe.start("--interval=1", database, "python", "rust")
-    wait_for(lambda: len(fake_reddit.requests()) == 2)
-    assert redpipe.stop(process, number) == (-number, "", "")
-    assert count(database) == 7
-    assert left_behind(redpipe) == []
+STATUS, HEADERS, BODY = error_reply(429, "Too Many Requests")
+WAIT = STATUS, {**HEADERS, "retry-after": "300"}, BODY
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_during_a_wait_of_minutes_for_the_budget(redpipe, fake_reddit, database, number):
+@pytest.mark.parametrize("answer", [HANG, WAIT], ids=["a hang", "a wait for the budget"])
+def test_during_a_request_that_hangs_and_a_wait_of_minutes(
+    redpipe, fake_reddit, database, answer, number
+):
     add_posts(fake_reddit, range(7))
-    status, headers, body = error_reply(429, "Too Many Requests")
-    fake_reddit.script(None, (status, {**headers, "retry-after": "300"}, body))
-    process = redpipe.start("--interval=1", database, "python", "rust")
+    fake_reddit.script(None, answer)
+    process = redpipe.start(*FOLLOW, "rust")
     wait_for(lambda: len(fake_reddit.requests()) == 2)
     time.sleep(0.1)
     assert redpipe.stop(process, number) == (-number, "", "")
@@ -116,135 +113,107 @@ def test_in_the_middle_of_a_walk_back(redpipe, fake_reddit, database):
     assert count(database) == 300
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_transaction_under_way_is_finished(redpipe, fake_reddit, database, number):
+def start_and_write(
+    redpipe: Redpipe, fake_reddit: FakeReddit, database: Path
+) -> subprocess.Popen[str]:
+    """Start a follower that is in the middle of a transaction."""
     fake_reddit.create("python")
     assert redpipe("--once", database, "python") == (0, "", "")
     query(database, SLOW_INSERTS)
     add_posts(fake_reddit, range(100))
     asked = len(fake_reddit.requests())
-    process = redpipe.start("--interval=1", database, "python")
+    process = redpipe.start(*FOLLOW)
     wait_for(lambda: len(fake_reddit.requests()) > asked)
     wait_for(lambda: is_locked(database))
+    return process
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_transaction_under_way_is_finished(redpipe, fake_reddit, database, number):
+    process = start_and_write(redpipe, fake_reddit, database)
     assert redpipe.stop(process, number) == (-number, "", "")
     assert count(database) == 100
     assert left_behind(redpipe) == []
 
 
-class Lock:
-    """Somebody else's write transaction."""
-
-    def __init__(self, database: Path) -> None:
-        self.connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
-
-    def take(self) -> None:
-        self.connection.execute("BEGIN IMMEDIATE")
-
-    def release(self) -> None:
-        """End it, and close the database."""
-        if self.connection.in_transaction:
-            self.connection.execute("ROLLBACK")
-        self.connection.close()
+def test_the_first_of_two_signals_is_the_one_it_dies_of(redpipe, fake_reddit, database):
+    process = start_and_write(redpipe, fake_reddit, database)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGINT, "", "")
+    assert count(database) == 100
 
 
 @pytest.fixture
-def lock(redpipe: Redpipe, fake_reddit: FakeReddit, database: Path) -> Iterator[Lock]:
-    """Make a database of seven posts, and what can lock it."""
+def other(
+    redpipe: Redpipe, fake_reddit: FakeReddit, database: Path
+) -> Iterator[sqlite3.Connection]:
+    """Make a database of seven posts that another program has open, and may lock."""
     add_posts(fake_reddit, range(7))
     assert redpipe("--once", database, "python") == (0, "", "")
-    lock = Lock(database)
-    yield lock
-    with suppress(sqlite3.ProgrammingError):
-        lock.release()
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    with closing(connection):
+        yield connection
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_while_another_program_holds_a_lock(redpipe, fake_reddit, database, lock, number):
-    def take(*request: Any) -> None:
-        if not lock.connection.in_transaction:
-            lock.take()
+def test_while_another_program_holds_a_lock(redpipe, fake_reddit, database, other, number):
+    def lock(*request: Any) -> None:
+        if not other.in_transaction:
+            other.execute("BEGIN IMMEDIATE")
 
     add_posts(fake_reddit, range(7, 12))
-    fake_reddit.faults = take
-    asked = len(fake_reddit.requests())
-    process = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: len(fake_reddit.requests()) > asked)
+    fake_reddit.faults = lock
+    process = redpipe.start(*FOLLOW)
+    wait_for(lambda: other.in_transaction)
     time.sleep(0.5)
     assert redpipe.stop(process, number) == (-number, "", "")
-    lock.release()
+    other.close()
     assert count(database) == 7  # what waits for a lock is dropped
     assert left_behind(redpipe) == []
 
 
-def test_while_another_program_holds_a_lock_at_the_start(redpipe, database, lock):
-    lock.take()
+def test_while_another_program_holds_a_lock_at_the_start(redpipe, database, other):
+    other.execute("BEGIN IMMEDIATE")
     process = redpipe.start("--once", database, "python")
     time.sleep(0.8)
     assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGTERM, "", "")
-    lock.release()
+    other.close()
     assert count(database) == 7
 
 
-def random_moments(runs: int) -> list[float]:
-    """Choose moments after the start, in seconds, anew in each run of the tests."""
-    return [random.uniform(0, 0.3) for _ in range(runs)]
-
-
-def die_at(redpipe: Redpipe, number: signal.Signals, moment: float, *arguments: object) -> str:
-    """Start, send a signal some time later, and tell what was wrong with the end."""
-    process = redpipe.start(*arguments)
-    # Before its first line there is nothing of ours that could catch SIGINT.
-    if number == signal.SIGINT:
-        wait_for(lambda: catches(process, signal.SIGTERM))
-    time.sleep(moment)
-    done = redpipe.stop(process, number)
-    left = left_behind(redpipe)
-    for path in left:
-        path.unlink()
-    return "" if done == (-number, "", "") and not left else f"{done} {left}"
-
-
-def at_random_moments(redpipe: Redpipe, database: Path, runs: int) -> list[tuple[float, str]]:
-    """Give the moments at which something went wrong, and what."""
-    wrong = []
-    for n, moment in enumerate(random_moments(runs)):
-        said = die_at(redpipe, SIGNALS[n % 3], moment, "--interval=1", database, "python")
-        if said:
-            wrong.append((moment, said))
-        elif database.exists() and database.stat().st_size:
-            count_or_none(database)
-    return wrong
-
-
-def count_or_none(database: Path) -> None:
-    """Check that a database is sound, if it has come to having tables."""
-    with suppress(sqlite3.OperationalError):
-        count(database)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_at_random_moments_of_the_start_when_requests_is_imported(redpipe, fake_reddit, database):
+@pytest.mark.parametrize(
+    "runs", [18, pytest.param(600, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+)
+def test_at_random_moments_of_the_start_when_requests_is_imported(
+    redpipe, fake_reddit, database, runs
+):
     add_posts(fake_reddit, range(7))
-    assert at_random_moments(redpipe, database, 18) == []
+    for n in range(runs):
+        number, moment = SIGNALS[n % 3], random.uniform(0, 0.3)
+        print(number, moment)
+        process = redpipe.start(*FOLLOW)
+        # Before its first line there is nothing of ours that could catch SIGINT.
+        if number == signal.SIGINT:
+            wait_for(lambda process=process: catches(process, signal.SIGTERM))
+        time.sleep(moment)
+        assert redpipe.stop(process, number) == (-number, "", "")
+        assert left_behind(redpipe) == []
+        if database.exists() and database.stat().st_size:
+            with suppress(sqlite3.OperationalError):  # it has no tables yet
+                count(database)
 
 
 def test_at_the_moment_when_the_certificates_are_written(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
     for n in range(9):
-        process = redpipe.start("--interval=1", database, "python")
+        process = redpipe.start(*FOLLOW)
         ends = time.monotonic() + 10
         while not left_behind(redpipe) and time.monotonic() < ends:
             pass  # at once, or the moment is over
         assert redpipe.stop(process, SIGNALS[n % 3]) == (-SIGNALS[n % 3], "", "")
         assert left_behind(redpipe) == []
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_at_many_random_moments_of_the_start(redpipe, fake_reddit, database):
-    add_posts(fake_reddit, range(7))
-    assert at_random_moments(redpipe, database, 600) == []
 
 
 def write_posts(pipe: Any) -> None:
@@ -292,26 +261,11 @@ def test_more_signals_do_not_disturb_the_end(redpipe, fake_reddit, database, num
     add_posts(fake_reddit, range(7))
     for _ in range(5):
         database.unlink(missing_ok=True)
-        process = redpipe.start("--interval=1", database, "python")
+        process = redpipe.start(*FOLLOW)
         wait_for(lambda: count_posts(database))
         assert hammer(process, number) == (-number, "", "")
         assert left_behind(redpipe) == []
         assert count(database) == 7
-
-
-def test_the_first_of_two_signals_is_the_one_it_dies_of(redpipe, fake_reddit, database):
-    fake_reddit.create("python")
-    assert redpipe("--once", database, "python") == (0, "", "")
-    query(database, SLOW_INSERTS)
-    add_posts(fake_reddit, range(100))
-    asked = len(fake_reddit.requests())
-    process = redpipe.start("--interval=1", database, "python")
-    wait_for(lambda: len(fake_reddit.requests()) > asked)
-    wait_for(lambda: is_locked(database))
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.02)
-    assert redpipe.stop(process, signal.SIGTERM) == (-signal.SIGINT, "", "")
-    assert count(database) == 100
 
 
 # Lost: what is raised in a finalizer goes nowhere
@@ -342,9 +296,8 @@ def start_to_lose_one(
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_one_that_is_lost_stops_a_follower_that_sleeps(redpipe, fake_reddit, database, number):
-    status, headers, body = error_reply(429, "Too Many Requests")
-    fake_reddit.script((status, {**headers, "retry-after": "300"}, body))
-    process = start_to_lose_one(redpipe, number, "--interval=1", database, "python")
+    fake_reddit.script(WAIT)
+    process = start_to_lose_one(redpipe, number, *FOLLOW)
     wait_for(fake_reddit.requests)
     time.sleep(0.1)
     assert redpipe.stop(process, signal.SIGUSR1) == (-number, "", "")
@@ -371,51 +324,77 @@ def goes_on(fake_reddit: FakeReddit) -> None:
     wait_for(lambda: len(fake_reddit.requests()) > asked)
 
 
-def test_nohup_works(redpipe, fake_reddit, database):
-    add_posts(fake_reddit, range(7))
-    command = [*redpipe.command, "--interval=1", database, "python"]
-    process = redpipe.start_through("nohup", *command)
-    wait_for(fake_reddit.requests)
-    process.send_signal(signal.SIGHUP)
-    goes_on(fake_reddit)
-    assert redpipe.stop(process, signal.SIGTERM).status == -signal.SIGTERM
-    assert count(database) == 7
+TRAP = "trap '' {}; exec \"$@\""
 
 
-@pytest.mark.parametrize("ignored", SIGNALS)
-def test_what_is_ignored_at_the_start_stays_ignored(redpipe, fake_reddit, database, ignored):
+@pytest.mark.parametrize(
+    ("ignored", "through"),
+    [
+        (signal.SIGHUP, ["nohup"]),
+        *[(number, ["sh", "-c", TRAP.format(number.name[3:]), "sh"]) for number in SIGNALS],
+    ],
+)
+def test_what_is_ignored_at_the_start_stays_ignored(
+    redpipe, fake_reddit, database, ignored, through
+):
     add_posts(fake_reddit, range(7))
-    shell = f"trap '' {ignored.name[3:]}; exec \"$@\""
-    command = [*redpipe.command, "--interval=1", database, "python"]
-    process = redpipe.start_through("sh", "-c", shell, "sh", *command)
+    process = redpipe.start_through(*through, *redpipe.command, *FOLLOW)
     wait_for(fake_reddit.requests)
     process.send_signal(ignored)
     goes_on(fake_reddit)
     other = signal.SIGTERM if ignored != signal.SIGTERM else signal.SIGINT
-    assert redpipe.stop(process, other) == (-other, "", "")
+    assert redpipe.stop(process, other).status == -other
     assert count(database) == 7
 
 
 # Standard streams
 
 
-def test_help_into_a_pipe_that_is_closed_early_is_silent(redpipe):
-    shell = 'set -o pipefail; "$@" --help | head -1; exit ${PIPESTATUS[0]}'
-    process = redpipe.start_through("bash", "-c", shell, "bash", *redpipe.command)
-    out, err = process.communicate(timeout=20)
-    assert out == "Keep a SQLite database of Reddit's new posts.\n"
-    assert err == ""
-    assert process.returncode in (0, 128 + signal.SIGPIPE)
+def full_device() -> int:
+    """Open what has no space left, ever."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    return os.open("/dev/full", os.O_WRONLY)
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_output_that_nobody_reads_ends_in_silence(redpipe, option):
+def pipe_without_a_reader() -> int:
     read, write = os.pipe()
     os.close(read)
-    process = redpipe.start_through(*redpipe.command, option, stdout=write)
-    os.close(write)
+    return write
+
+
+NO_SPACE = "redpipe: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("unwritable", "status", "said"),
+    [(full_device, 74, NO_SPACE), (pipe_without_a_reader, -signal.SIGPIPE, "")],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["--status", "posts.db"], ["--print", "posts.db", "python"]],
+)
+def test_an_output_that_cannot_be_written_ends_it_and_nothing_is_stored(
+    redpipe, fake_reddit, database, unwritable, status, said, arguments
+):
+    Database(str(database)).__exit__()
+    add_posts(fake_reddit, range(300))
+    stream = unwritable()
+    process = redpipe.start_through(*redpipe.command, *arguments, stdout=stream)
+    os.close(stream)
     _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (-signal.SIGPIPE, "")
+    assert (process.returncode, err) == (status, said)
+    assert count(database) == 0
+    assert left_behind(redpipe) == []
+
+
+def test_a_closed_output_ends_what_is_to_print_posts(redpipe, fake_reddit, database):
+    add_posts(fake_reddit, range(3))
+    shell = 'exec "$@" --print --once posts.db python >&-'
+    process = redpipe.start_through("sh", "-c", shell, "sh", *redpipe.command)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (74, "redpipe: standard output: closed\n")
+    assert count(database) == 0
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
@@ -441,19 +420,6 @@ def test_a_closed_stream_changes_no_exit_status(redpipe, database, closed):
         assert process.returncode == status
 
 
-def full_device() -> int:
-    """Open what has no space left, ever."""
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
-    return os.open("/dev/full", os.O_WRONLY)
-
-
-def pipe_without_a_reader() -> int:
-    read, write = os.pipe()
-    os.close(read)
-    return write
-
-
 @pytest.mark.parametrize("unwritable", [full_device, pipe_without_a_reader])
 @pytest.mark.parametrize(("name", "status"), [("python", 0), ("missing_place", 69)])
 def test_messages_that_cannot_be_written_change_no_exit_status(
@@ -472,7 +438,7 @@ def test_messages_that_cannot_be_written_change_no_exit_status(
 
 def test_a_reader_of_messages_that_goes_away_stops_nothing(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
-    process = redpipe.start("-v", "--interval=1", database, "python")
+    process = redpipe.start("-v", *FOLLOW)
     wait_for(fake_reddit.requests)
     process.stderr.close()
     process.stdout.close()
@@ -526,7 +492,7 @@ def drain(terminal: int, until: Callable[[], object]) -> None:
 
 def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
-    child, terminal = on_terminal(redpipe, "-v", "--interval=1", database, "python")
+    child, terminal = on_terminal(redpipe, "-v", *FOLLOW)
     drain(terminal, lambda: count_posts(database))
     os.close(terminal)
     assert ended(child) == -signal.SIGHUP
@@ -536,7 +502,7 @@ def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, datab
 
 def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
-    child, terminal = on_terminal(redpipe, "--interval=1", database, "python")
+    child, terminal = on_terminal(redpipe, *FOLLOW)
     drain(terminal, lambda: count_posts(database))
     os.write(terminal, b"\x03")
     assert ended(child) == -signal.SIGINT
@@ -553,8 +519,8 @@ def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
 
 def test_without_its_terminal_it_goes_on_where_sighup_is_ignored(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
-    shell = "trap '' HUP; exec \"$@\""
-    child, terminal = on_terminal(redpipe, "-v", "--interval=1", database, "python", shell=shell)
+    shell = TRAP.format("HUP")
+    child, terminal = on_terminal(redpipe, "-v", *FOLLOW, shell=shell)
     drain(terminal, fake_reddit.requests)
     os.close(terminal)
     try:
