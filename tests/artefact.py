@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -98,6 +99,12 @@ def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} seconds in vain")
         time.sleep(0.01)
+
+
+def readme_blocks() -> list[str]:
+    """Return the fenced blocks of README."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def candidates() -> Iterator[str]:

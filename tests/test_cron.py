@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from artefact import ROOT, probe, wait_for
-from conftest import count_posts, stored
-from fake_reddit import FakeReddit, make_post
+from artefact import ROOT, probe, readme_blocks, wait_for
+from conftest import add_posts, count_posts, stored
+from fake_reddit import FakeReddit
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,15 +32,9 @@ NOBODY = "nobody"
 is_root = os.geteuid() == 0
 
 
-def blocks() -> list[str]:
-    """Give the fenced blocks of README."""
-    text = (ROOT / "README.md").read_text()
-    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
 def block(start: str) -> str:
-    """Give the one fenced block that begins so."""
-    (found,) = [block for block in blocks() if block.startswith(start)]
+    """Give the one fenced block of README that begins so."""
+    (found,) = [block for block in readme_blocks() if block.startswith(start)]
     return found
 
 
@@ -157,10 +151,10 @@ def run_line(host: Host) -> tuple[int, str]:
 
 
 def test_readmes_line_is_silent_and_goes_on_from_run_to_run(host, environment_file, fake_reddit):
-    first = [fake_reddit.add(make_post(n, 1_790_000_000 + n))["id"] for n in range(120)]
+    first = add_posts(fake_reddit, range(120))
     assert run_line(host) == (0, "")
     assert stored(host.database) == sorted(first)
-    second = [fake_reddit.add(make_post(n, 1_790_000_000 + n))["id"] for n in range(120, 130)]
+    second = add_posts(fake_reddit, range(120, 130))
     assert run_line(host) == (0, "")
     assert stored(host.database) == sorted(first + second)
     assert run_line(host) == (0, "")
@@ -178,24 +172,10 @@ def test_readmes_line_says_one_line_on_failure(host, environment_file, fake_redd
     status, mail = run_line(host)
     assert status == 77
     assert re.fullmatch(r"redpipe: [^\n]*credentials[^\n]*\n", mail)
-
-
-def test_a_folder_that_is_not_the_users_is_said_in_one_line(host, environment_file, fake_reddit):
-    fake_reddit.add(make_post(1))
-    (host.directory / "data").rmdir()
+    shutil.rmtree(host.directory / "data")
     status, mail = run_line(host)
     assert status == 73
     assert re.fullmatch(r"redpipe: [^\n]*/data/posts\.db[^\n]*\n", mail)
-
-
-def test_runs_that_overlap_are_silent_and_store_nothing_twice(host, environment_file, fake_reddit):
-    ids = [fake_reddit.add(make_post(n, 1_790_000_000 + n))["id"] for n in range(300)]
-    home = str(host.directory / "home")
-    command = host.located(cron_command())
-    running = [host.start("/bin/sh", "-c", command, HOME=home) for _ in range(4)]
-    ends = [(process.communicate(timeout=30)[0], process.returncode) for process in running]
-    assert ends == [("", 0)] * 4
-    assert stored(host.database) == sorted(ids)
 
 
 def without_credentials() -> str:
@@ -207,7 +187,7 @@ def without_credentials() -> str:
 
 def test_without_home_terminal_and_credentials_it_runs_as_well(host, fake_reddit):
     fake_reddit.anonymous_json_blocked = True
-    ids = [fake_reddit.add(make_post(n, 1_790_000_000 + n))["id"] for n in range(7)]
+    ids = add_posts(fake_reddit, range(7))
     command = host.located(without_credentials())
     assert host.run(command, REDPIPE_URL=fake_reddit.url) == (0, "")
     assert stored(host.database) == sorted(ids)
@@ -215,17 +195,6 @@ def test_without_home_terminal_and_credentials_it_runs_as_well(host, fake_reddit
         "/r/python/new/.json",
         "/r/python/new/.rss",
     }
-
-
-def test_nothing_is_left_in_the_temporary_directory(host, environment_file, fake_reddit):
-    fake_reddit.add(make_post(1))
-    temporary = host.directory / "data" / "tmp"
-    temporary.mkdir(mode=0o777)
-    temporary.chmod(0o777)
-    home = str(host.directory / "home")
-    command = host.located(cron_command())
-    assert host.run(command, HOME=home, TMPDIR=str(temporary)) == (0, "")
-    assert list(temporary.iterdir()) == []
 
 
 # The file with the credentials
@@ -267,7 +236,7 @@ def test_the_unit_passes_systemds_own_check(unit):
 
 
 def test_the_unit_starts_what_stops_by_sigterm(host, fake_reddit):
-    ids = [fake_reddit.add(make_post(n, 1_790_000_000 + n))["id"] for n in range(7)]
+    ids = add_posts(fake_reddit, range(7))
     command = shlex.split(host.located(settings(block("[Unit]"))["ExecStart"]))
     process = host.start(*command, REDPIPE_URL=fake_reddit.url)
     try:

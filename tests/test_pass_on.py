@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from artefact import ROOT
+from artefact import readme_blocks
+from conftest import Done
 from fake_reddit import make_post
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def block(word: str) -> str:
-    """Return README's one shell block that names a program."""
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    (found,) = [one for one in found if word in one]
+    """Return README's one block that names a program."""
+    (found,) = [block for block in readme_blocks() if word in block]
     return found
 
 
@@ -33,29 +31,17 @@ def needs(*programs: str) -> None:
 
 @pytest.fixture
 def shell(redpipe, tmp_path):
-    """Return what starts a line of README in a folder with `redpipe.pyz` and its own PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    started = []
+    """Return what runs a line of README in a folder with `redpipe.pyz` and its own PATH."""
 
-    def start(line: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            ["bash", "-c", "set -o pipefail\n" + line],
-            cwd=tmp_path,
-            env={**redpipe.environment, "PATH": f"{folder}:{os.environ['PATH']}"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def run(line: str) -> Done:
+        process = redpipe.start_through("bash", "-c", "set -o pipefail\n" + line)
+        out, err = process.communicate(timeout=30)
+        return Done(process.returncode, out, err)
 
+    (tmp_path / "bin").mkdir()
+    redpipe.environment["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
     script(tmp_path / "redpipe.pyz", f'exec {" ".join(redpipe.command)} "$@"')
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return run
 
 
 def script(path: Path, text: str) -> None:
@@ -82,9 +68,7 @@ def test_jq_picks_and_a_program_tells(shell, fake_reddit, tmp_path):
     add_posts(fake_reddit, "Nothing", "Asyncio in anger", 'Of "tokio" & <others>')
     add_posts(fake_reddit, *["Mine"] * 4, link_flair_text="Showcase")
     script(tmp_path / "bin" / "notify-send", 'echo "$1" >> told.txt')
-    process = shell(once(block("notify-send")))
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert shell(once(block("notify-send"))) == (0, "", "")
     told = (tmp_path / "told.txt").read_text().splitlines()
     titles = [line.partition(" https://www.reddit.com/r/python/comments/")[0] for line in told]
     assert sorted(titles) == ["Asyncio in anger", *["Mine"] * 4, 'Of "tokio" & <others>']
@@ -95,11 +79,10 @@ def test_kcat_takes_it_into_kafka(shell, fake_reddit):
     fake_reddit.create("rust")
     ids = add_posts(fake_reddit, "One", "Zwei \u2028", 'Three "quotes"')
     line = once(block("kcat")).replace("-b broker:9092", "-b x -T -X test.mock.num.brokers=3")
-    process = shell(line)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
-    assert re.findall(r"(\w+)\t\{", out) == ids
-    assert "Mock cluster enabled" in err
+    done = shell(line)
+    assert done.status == 0, done.err
+    assert re.findall(r"(\w+)\t\{", done.out) == ids
+    assert "Mock cluster enabled" in done.err
 
 
 def test_duckdb_stores_it_and_nothing_twice(shell, fake_reddit, tmp_path):
@@ -107,10 +90,8 @@ def test_duckdb_stores_it_and_nothing_twice(shell, fake_reddit, tmp_path):
     fake_reddit.create("rust")
     ids = add_posts(fake_reddit, "One", "Zwei", 'Three "quotes"')
     for _ in range(2):
-        process = shell(block("duckdb"))
-        out, err = process.communicate(timeout=30)
-        assert (process.returncode, err) == (0, "")
+        done = shell(block("duckdb"))
+        assert (done.status, done.err) == (0, "")
         (tmp_path / "posts.db").unlink()
     sql = "COPY (SELECT id FROM posts ORDER BY created_utc) TO '/dev/stdout' (FORMAT csv)"
-    out, _ = shell(f'duckdb reddit.duckdb "{sql}"').communicate(timeout=20)
-    assert out.split()[1:] == ids
+    assert shell(f'duckdb reddit.duckdb "{sql}"').out.split()[1:] == ids

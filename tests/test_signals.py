@@ -456,12 +456,19 @@ def drain(terminal: int, until: Callable[[], object]) -> None:
     wait_for(happened)
 
 
-def test_a_terminal_that_goes_away_ends_it_by_sighup(redpipe, fake_reddit, database):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_goes_away_ends_it_by_sighup_unless_that_is_ignored(
+    redpipe, fake_reddit, database, ignored
+):
     add_posts(fake_reddit, range(7))
-    child, terminal = on_terminal(redpipe, "-v", *FOLLOW)
+    shell = TRAP.format("HUP") if ignored else 'exec "$@"'
+    child, terminal = on_terminal(redpipe, "-v", *FOLLOW, shell=shell)
     drain(terminal, lambda: count_posts(database))
     os.close(terminal)
-    assert ended(child) == -signal.SIGHUP
+    if ignored:
+        goes_on(fake_reddit)
+        child.terminate()
+    assert ended(child) == (-signal.SIGTERM if ignored else -signal.SIGHUP)
     assert left_by(redpipe) == 7
 
 
@@ -479,19 +486,4 @@ def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     os.close(terminal)
     assert shown.endswith(b"\n")
     assert b"Traceback" not in shown
-    assert left_by(redpipe) == 7
-
-
-def test_without_its_terminal_it_goes_on_where_sighup_is_ignored(redpipe, fake_reddit):
-    add_posts(fake_reddit, range(7))
-    shell = TRAP.format("HUP")
-    child, terminal = on_terminal(redpipe, "-v", *FOLLOW, shell=shell)
-    drain(terminal, fake_reddit.requests)
-    os.close(terminal)
-    try:
-        goes_on(fake_reddit)
-    finally:
-        child.terminate()
-        status = ended(child)
-    assert status == -signal.SIGTERM
     assert left_by(redpipe) == 7
