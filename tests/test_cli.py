@@ -15,7 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,48 +29,45 @@ from conftest import (
     Done,
     Redpipe,
     add_posts,
+    count_posts,
     open_terminal,
     query,
     says,
     stored,
 )
-from fake_reddit import HANG, json_reply, make_post, reply
+from fake_reddit import HANG, json_reply, make_post
 
 pytestmark = pytest.mark.timeout(60)
 
 Main = Callable[..., Done]
 
 
-@contextmanager
-def process_state_kept() -> Iterator[None]:
-    """Give back what `main` takes over for good: signals, the logger, the environment."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    logger, environment = logging.getLogger("redpipe"), dict(os.environ)
-    logging_state = (logger.handlers[:], logger.level, logger.propagate)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        logger.handlers[:], _, logger.propagate = logging_state
-        logger.setLevel(logging_state[1])
-        os.environ.clear()
-        os.environ.update(environment)
-
-
 @pytest.fixture
 def main(program: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Main]:
-    """Call `main(argv)` in this process, with an environment of its own."""
+    """Call `main(argv)` in this process, and give back what it takes over for good."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    logger, ours = logging.getLogger("redpipe"), dict(os.environ)
+    logged, level = logger.handlers[:], logger.level
 
     def call(*argv: object, **environment: str) -> Done:
-        with process_state_kept():
-            os.environ.clear()
-            os.environ.update({"TMPDIR": str(tmp_path), **environment})
-            status = program.main(list(map(str, argv)))
-        return Done(status, *capfd.readouterr())
+        os.environ.clear()
+        os.environ.update({"TMPDIR": str(tmp_path), **environment})
+        return Done(program.main(list(map(str, argv))), *capfd.readouterr())
 
-    return call
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logger.handlers[:] = logged
+    logger.setLevel(level)
+    os.environ.clear()
+    os.environ.update(ours)
+
+
+def change(database: Path, script: str) -> None:
+    """Change a database behind redpipe's back, or make one."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(script)
 
 
 # Arguments
@@ -178,16 +175,13 @@ def test_a_database_after_the_subreddits_is_told_where_it_belongs(main, tmp_path
 
 
 @pytest.mark.parametrize("arguments", [["--", "posts.db", "python"], ["posts.db", "--", "python"]])
-def test_two_dashes_end_the_options(redpipe, fake_reddit, database, arguments):
+@pytest.mark.parametrize("interval", ["1", "3600", "2.5"])
+def test_intervals_are_taken_and_two_dashes_end_the_options(
+    redpipe, fake_reddit, database, arguments, interval
+):
     ids = add_posts(fake_reddit, range(3))
-    assert redpipe("--once", *arguments) == (0, "", "")
+    assert redpipe("--once", f"--interval={interval}", *arguments) == (0, "", "")
     assert stored(database) == sorted(ids)
-
-
-@pytest.mark.parametrize("seconds", ["1", "3600", "2.5", "25"])
-def test_an_interval_within_its_bounds_is_taken(redpipe, fake_reddit, seconds):
-    fake_reddit.create("python")
-    assert redpipe("--once", f"--interval={seconds}", "posts.db", "python").status == 0
 
 
 def test_an_empty_file_name_does_not_mean_reddit(main, database):
@@ -295,14 +289,6 @@ def test_no_network_is_said_once_while_following_and_so_is_its_return(redpipe, f
     assert done == (-signal.SIGTERM, "", "redpipe: r/python can be read again\n")
 
 
-def test_quiet_does_not_say_what_passes(redpipe, fake_reddit):
-    fake_reddit.create("python")
-    fake_reddit.script(reply(503))
-    process = redpipe.start("-q", "--interval=1", "posts.db", "python", **APP)
-    wait_for(lambda: len(fake_reddit.requests()) >= 3)
-    assert redpipe.stop(process) == (-signal.SIGTERM, "", "")
-
-
 def test_quiet_says_errors(redpipe):
     assert says(redpipe("--quiet", "--once", "posts.db", "missing_place"), 69)
 
@@ -314,33 +300,16 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def make_foreign(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE posts (id INTEGER)")
-        connection.execute("INSERT INTO posts VALUES (7)")
-        connection.commit()
-
-
-def make_newer(path: Path) -> None:
-    pipeline.Database(str(path)).__exit__()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 3")
-
-
-def make_of_another_program(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA application_id = 1")
-        connection.execute("VACUUM")
-
-
+FOREIGN = "PRAGMA journal_mode = WAL; CREATE TABLE posts (id); INSERT INTO posts VALUES (7)"
+OTHER = "PRAGMA application_id = 1; VACUUM"
+NEWER = f"PRAGMA application_id = {pipeline.APPLICATION_ID}; PRAGMA user_version = 3; VACUUM"
 REFUSED_DATABASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (Path.mkdir, "not a regular file"),
     "a text": (lambda path: path.write_text("Dear diary,\n" * 100), "not a SQLite database"),
     "a single byte": (lambda path: path.write_bytes(b"\0"), "not a SQLite database"),
-    "foreign SQLite": (make_foreign, "another program"),
-    "another id": (make_of_another_program, "another program"),
-    "a newer version": (make_newer, "a newer redpipe"),
+    "foreign SQLite": (lambda path: change(path, FOREIGN), "another program"),
+    "another id": (lambda path: change(path, OTHER), "another program"),
+    "a newer version": (lambda path: change(path, NEWER), "a newer redpipe"),
     "a pipe": (os.mkfifo, "not a regular file"),
     "a device": (lambda path: path.symlink_to("/dev/null"), "not a regular file"),
 }
@@ -360,24 +329,17 @@ def test_what_is_not_ours_is_refused_untouched(redpipe, fake_reddit, tmp_path, k
     assert fake_reddit.log == []
 
 
-def restored(database: Path) -> None:
-    """Make a database anew from its dump, as `sqlite3 old .dump | sqlite3 new` does."""
-    with closing(sqlite3.connect(database)) as connection:
-        script = "\n".join(connection.iterdump())
-    database.unlink()
-    with closing(sqlite3.connect(database)) as connection:
-        connection.executescript(script)
-
-
 def test_a_restored_dump_is_told_the_line_that_brings_it_back(redpipe, fake_reddit, database):
     ids = add_posts(fake_reddit, range(5))
     assert redpipe("--field=score", "--once", database, "python") == (0, "", "")
-    restored(database)
+    with closing(sqlite3.connect(database)) as connection:
+        dump = "\n".join(connection.iterdump())
+    database.unlink()
+    change(database, dump)
     line = "PRAGMA application_id = 1919185001"
     for options in (["--once"], ["--status"]):
         assert says(redpipe(*options, database, "python"), 73, f"sqlite3 FILE '{line}'")
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute(line)
+    change(database, line)
     ids += add_posts(fake_reddit, range(5, 8))
     assert redpipe("--once", database, "python") == (0, "", "")
     assert stored(database) == sorted(ids)
@@ -492,24 +454,6 @@ def follow_on(terminal: Terminal, redpipe: Redpipe, *options: object) -> subproc
 
 
 FIRST = "redpipe: following r/python from 127.0.0.1 with an app into posts.db; Ctrl-C stops it"
-LINE = (
-    r"redpipe: 150 posts stored, [\d.]+/min, newest (\d+) (s|min) ago,"
-    r" (\w.*), \d+ requests left"
-)
-
-
-def test_a_terminal_shows_first_what_is_done_last_what_was_stored_and_between_a_line(
-    redpipe, fake_reddit, terminal
-):
-    add_posts(fake_reddit, range(150))
-    terminal.resize(120)
-    process = follow_on(terminal, redpipe)
-    wait_for(lambda: b"150 posts stored" in terminal.read())
-    redpipe.stop(process)
-    (first, line, last, after) = terminal.screen()
-    assert first == FIRST
-    assert re.fullmatch(LINE, line)
-    assert (last, after) == ("redpipe: 150 posts stored, 0 gaps", "")
 
 
 def shown_lines(terminal: Terminal) -> list[str]:
@@ -579,9 +523,12 @@ def test_a_message_is_written_above_the_line_that_goes_on(redpipe, fake_reddit, 
     assert (last, after) == ("redpipe: 3 posts stored, 0 gaps", "")
 
 
-def test_a_narrow_terminal_gets_as_much_of_the_line_as_fits(redpipe, fake_reddit, terminal):
+def test_a_terminal_shows_what_is_done_a_line_as_long_as_fits_and_what_was_stored(
+    redpipe, fake_reddit, terminal
+):
     add_posts(fake_reddit, range(1997, 2000))
-    follow_on(terminal, redpipe)
+    terminal.resize(12)
+    process = follow_on(terminal, redpipe)
     for width, shown in [
         (12, r"redpipe: 3"),
         (30, r"redpipe: 3 posts stored, 0.6/"),
@@ -591,6 +538,11 @@ def test_a_narrow_terminal_gets_as_much_of_the_line_as_fits(redpipe, fake_reddit
     ]:
         terminal.resize(width)
         wait_for(lambda shown=shown: re.fullmatch(shown, [FIRST, *shown_lines(terminal)][-1]))
+    redpipe.stop(process)
+    first, line, last, after = terminal.screen()
+    assert first == FIRST
+    assert re.fullmatch(shown, line)
+    assert (last, after) == ("redpipe: 3 posts stored, 0 gaps", "")
 
 
 def test_a_path_with_wide_and_combining_characters_leaves_nothing_of_the_line(
@@ -630,10 +582,15 @@ def test_a_notice_is_for_terminals(redpipe, fake_reddit, database):
     assert redpipe("--once", "posts.db", "python") == (0, "", "")
 
 
-def test_quiet_shows_no_progress_on_a_terminal(redpipe, fake_reddit, terminal):
+def test_quiet_shows_neither_progress_nor_warnings_on_a_terminal(
+    redpipe, fake_reddit, terminal, database
+):
     add_posts(fake_reddit, range(3))
     process = follow_on(terminal, redpipe, "-q")
-    wait_for(lambda: len(fake_reddit.requests()) >= 3)
+    wait_for(lambda: count_posts(database))
+    fake_reddit.refuse("python", "private")
+    asked = len(fake_reddit.requests())
+    wait_for(lambda: len(fake_reddit.requests()) > asked)
     redpipe.stop(process)
     assert terminal.read() == b""
 
@@ -641,17 +598,12 @@ def test_quiet_shows_no_progress_on_a_terminal(redpipe, fake_reddit, terminal):
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnihton\x00\x7f\nsecond line"
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        json_reply(403, {"reason": NASTY, "message": NASTY, "error": 403}),
-        json_reply(404, {"message": NASTY, "error": 404}),
-    ],
-)
+@pytest.mark.parametrize("status", [403, 404])
 def test_control_characters_of_reddit_never_reach_a_terminal(
-    redpipe, fake_reddit, terminal, answer
+    redpipe, fake_reddit, terminal, status
 ):
-    fake_reddit.script(answer)
+    said = {"reason": NASTY} if status == 403 else {}
+    fake_reddit.script(json_reply(status, {"message": NASTY, "error": status, **said}))
     process = start_on(terminal, redpipe, "-v", "--once", "posts.db", "python")
     assert process.wait(20) == 69
     shown = terminal.read().decode()

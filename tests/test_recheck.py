@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import Terminal, start_on
+from test_cli import Terminal, change, start_on
 
 import pipeline
 from artefact import wait_for
@@ -134,12 +134,6 @@ def kept_of(content, state):
     if state == "nameless":
         return title, None, None, permalink
     return content if state in ("there", *FILTERED) else NOTHING
-
-
-def change(database, script):
-    """Change a database behind redpipe's back."""
-    with closing(sqlite3.connect(database)) as connection:
-        connection.executescript(script)
 
 
 # --- the command
