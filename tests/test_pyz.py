@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import ssl
 import stat
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
-import trustme
 
 from artefact import (
     ROOT,
@@ -376,34 +374,6 @@ def test_packages_of_the_host_are_left_alone(pyz, bare_of, server, tmp_path):
 
 
 # While and after it runs
-
-
-def test_https_is_verified_with_the_given_authorities(pyz, bare_python, tls_server, tmp_path):
-    url, authorities = tls_server
-    (temporary := tmp_path / "tmp").mkdir()
-    environment = {"REQUESTS_CA_BUNDLE": authorities, "TMPDIR": str(temporary)}
-    assert follow_once(bare_python, pyz, url, tmp_path, **environment) == (0, "", "")
-    assert titles(tmp_path / "posts.db") == ["First", "Second"]
-    assert list(temporary.iterdir()) == []
-
-
-def test_https_is_refused_without_them(redpipe, tls_server, database):
-    process = redpipe.start("--interval=1", database, "python", REDPIPE_URL=tls_server[0])
-    assert "certificate" in process.stderr.readline().lower()
-    redpipe.stop(process)
-    assert titles(database) == []
-
-
-@pytest.fixture
-def tls_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Serve the listing by HTTPS; gives its URL and the file of its authority."""
-    authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    bundle = tmp_path / "authority.pem"
-    authority.cert_pem.write_to_path(str(bundle))
-    with serve_listing(context) as running:
-        yield running.url, str(bundle)
 
 
 def test_what_a_signal_leaves_open_is_not_talked_of(pyz, bare_python, server, tmp_path):

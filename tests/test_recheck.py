@@ -845,24 +845,21 @@ def test_a_database_that_may_not_be_changed_ends_it_with_74(redpipe, fake_reddit
 # --- the process
 
 
-def test_a_signal_ends_it_while_a_request_hangs(redpipe, fake_reddit, database):
-    fill(redpipe, fake_reddit, database, 150)
-    fake_reddit.script(None, HANG, on="/api/info")
-    process = redpipe.start("--recheck=1", database, **APP)
+@pytest.mark.parametrize(("fault", "total", "checked"), [(HANG, 1000, 100), (None, 4, 200)])
+def test_a_signal_ends_it_while_a_request_hangs_and_while_it_waits_for_the_budget(
+    redpipe, app, fake_reddit, database, fault, total, checked
+):
+    fill(redpipe, fake_reddit, database, 350)
+    fake_reddit.budgets["oauth"] = Budget(total=total)
+    fake_reddit.script(None, fault, on="/api/info")
+    process = redpipe.start("--recheck=1", database)
     wait_for(lambda: len(fake_reddit.requests("/api/info")) == 2)
+    count = "SELECT count(checked_utc) FROM posts"
+    wait_for(lambda: query(database, count) == [(checked,)])
     assert redpipe.stop(process, signal.SIGINT) == (-signal.SIGINT, "", "")
-    assert query(database, "SELECT count(checked_utc) FROM posts") == [(100,)]
+    assert query(database, count) == [(checked,)]
     assert list(redpipe.tmpdir.iterdir()) == []
     assert not Path(f"{database}-wal").exists()
-
-
-def test_a_signal_ends_it_while_it_waits_for_the_budget(redpipe, fake_reddit, database):
-    fill(redpipe, fake_reddit, database, 350)
-    fake_reddit.budgets["oauth"] = Budget(total=4)
-    process = redpipe.start("--recheck=1", database, "-v", **APP)
-    assert any("waiting" in line for line in iter(process.stderr.readline, ""))
-    assert redpipe.stop(process).status == -signal.SIGTERM
-    assert query(database, "SELECT count(checked_utc) FROM posts") == [(200,)]
 
 
 def test_it_is_quiet_and_tells_all_with_v(redpipe, fake_reddit, database):
