@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import Terminal
 
 from artefact import wait_for
 from conftest import (
@@ -29,7 +30,6 @@ from conftest import (
     Redpipe,
     add_posts,
     count_posts,
-    open_terminal,
     query,
     stored,
     wait_for_end,
@@ -338,9 +338,6 @@ def test_what_is_ignored_at_the_start_stays_ignored(redpipe, fake_reddit, ignore
 
 
 def full_device() -> int:
-    """Open what has no space left, ever."""
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
     return os.open("/dev/full", os.O_WRONLY)
 
 
@@ -427,33 +424,12 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def on_terminal(
-    redpipe: Redpipe, *arguments: object, shell: str = 'exec "$@"'
-) -> tuple[subprocess.Popen[str], int]:
-    """Start redpipe on a terminal of its own; give the process and the terminal."""
-    terminal, theirs = open_terminal()
+    redpipe: Redpipe, terminal: Terminal, *arguments: object, shell: str = 'exec "$@"'
+) -> subprocess.Popen[str]:
+    """Start redpipe on a terminal of its own."""
     command = [redpipe.command[0], "-c", TAKE_TERMINAL, "sh", "-c", shell, "sh", *redpipe.command]
-    streams = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
-    process = redpipe.start_through(*command, *arguments, start_new_session=True, **streams)
-    os.close(theirs)
-    return process, terminal
-
-
-def ended(process: subprocess.Popen[str]) -> int:
-    """Give the exit status of a process that ends soon."""
-    assert wait_for_end(process.pid) < SOON
-    return process.wait()
-
-
-def drain(terminal: int, until: Callable[[], object]) -> None:
-    """Read a terminal, as its window does, until something has happened."""
-    os.set_blocking(terminal, False)
-
-    def happened() -> object:
-        with suppress(BlockingIOError, OSError):
-            os.read(terminal, 65536)
-        return until()
-
-    wait_for(happened)
+    streams = dict.fromkeys(["stdin", "stdout", "stderr"], terminal.slave)
+    return redpipe.start_through(*command, *arguments, start_new_session=True, **streams)
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -462,28 +438,25 @@ def test_a_terminal_that_goes_away_ends_it_by_sighup_unless_that_is_ignored(
 ):
     add_posts(fake_reddit, range(7))
     shell = TRAP.format("HUP") if ignored else 'exec "$@"'
-    child, terminal = on_terminal(redpipe, "-v", *FOLLOW, shell=shell)
-    drain(terminal, lambda: count_posts(database))
-    os.close(terminal)
+    with closing(Terminal()) as terminal:
+        child = on_terminal(redpipe, terminal, "-v", *FOLLOW, shell=shell)
+        wait_for(lambda: terminal.read() and count_posts(database))
     if ignored:
         goes_on(fake_reddit)
         child.terminate()
-    assert ended(child) == (-signal.SIGTERM if ignored else -signal.SIGHUP)
+    assert wait_for_end(child.pid) < SOON
+    assert child.wait() == (-signal.SIGTERM if ignored else -signal.SIGHUP)
     assert left_by(redpipe) == 7
 
 
 def test_ctrl_c_on_a_terminal_ends_it_by_sigint(redpipe, fake_reddit, database):
     add_posts(fake_reddit, range(7))
-    child, terminal = on_terminal(redpipe, *FOLLOW)
-    drain(terminal, lambda: count_posts(database))
-    os.write(terminal, b"\x03")
-    assert ended(child) == -signal.SIGINT
-    os.set_blocking(terminal, True)
-    shown = b""
-    with suppress(OSError):
-        while chunk := os.read(terminal, 65536):
-            shown += chunk
-    os.close(terminal)
-    assert shown.endswith(b"\n")
-    assert b"Traceback" not in shown
+    with closing(Terminal()) as terminal:
+        child = on_terminal(redpipe, terminal, *FOLLOW)
+        wait_for(lambda: terminal.read() and count_posts(database))
+        os.write(terminal.master, b"\x03")
+        assert wait_for_end(child.pid) < SOON
+        assert child.wait() == -signal.SIGINT
+        assert terminal.read().endswith(b"\n")
+    assert b"Traceback" not in terminal.shown
     assert left_by(redpipe) == 7
