@@ -193,10 +193,6 @@ def test_help_goes_to_standard_output(redpipe, program, arguments):
     assert redpipe(*arguments) == (0, f"{program.USAGE}\n", "")
 
 
-def test_the_version_goes_to_standard_output(redpipe, program):
-    assert redpipe("--version") == (0, f"redpipe {program.VERSION}\n", "")
-
-
 def test_usage_errors_of_the_built_file_are_those_of_main(redpipe, database):
     done = redpipe("--nonsense", "posts.db")
     expected = "redpipe: unknown or repeated: --nonsense; see redpipe.pyz --help\n"

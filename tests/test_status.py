@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
@@ -164,21 +163,21 @@ def test_it_works_beside_a_writer_in_the_middle_of_a_transaction(redpipe, databa
 
 def test_a_database_that_may_not_be_written_can_be_shown(redpipe, database, today):
     fill(database, [("python", today, 5)], [])
-    setpriv = shutil.which("setpriv")
-    command = [*redpipe.command, "--status", str(database)]
+    command = [*redpipe.command, "--status", database]
     if os.geteuid() == 0:
-        if not setpriv:
+        if not shutil.which("setpriv"):
             pytest.skip("root may write anything, and there is no setpriv to give that up")
         drop = "--bounding-set=-dac_override,-dac_read_search,-fowner"
-        command = [setpriv, drop, "--inh-caps=-all", *command]
+        command = ["setpriv", drop, "--inh-caps=-all", *command]
     database.chmod(0o444)
     database.parent.chmod(0o555)
     try:
-        done = subprocess.run(command, env=redpipe.environment, capture_output=True, timeout=20)
+        process = redpipe.start_through(*command)
+        out, err = process.communicate(timeout=20)
     finally:
         database.parent.chmod(0o755)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"5 posts, 0 erased, 0 gaps" in done.stdout
+    assert (process.returncode, err) == (0, "")
+    assert "5 posts, 0 erased, 0 gaps" in out
 
 
 def test_the_table_is_utf_8_whatever_the_locale(redpipe, database, today):
