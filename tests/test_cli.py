@@ -374,9 +374,11 @@ def test_a_database_that_others_have_open_stays(database):
     assert stored(database) == ["a1"]
 
 
-def test_a_missing_folder_is_named(redpipe, tmp_path):
-    assert says(redpipe("--once", "nowhere/posts.db", "python"), 73, tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
+@pytest.mark.parametrize("folder", ["nowhere", "größe"])
+def test_a_missing_folder_is_named_even_where_only_ascii_can_be_said(redpipe, tmp_path, folder):
+    done = redpipe("--once", f"{folder}/posts.db", "python", PYTHONIOENCODING="ascii")
+    assert says(done, 73, tmp_path / folder)
+    assert not (tmp_path / folder).exists()
 
 
 # What is said where
@@ -523,14 +525,14 @@ def test_a_terminal_shows_what_is_done_a_line_as_long_as_fits_and_what_was_store
     redpipe, fake_reddit, terminal
 ):
     add_posts(fake_reddit, range(1997, 2000))
-    terminal.resize(12)
+    terminal.resize(120)
     process = follow_on(terminal, redpipe)
     for width, shown in [
-        (12, r"redpipe: 3"),
-        (30, r"redpipe: 3 posts stored, 0.6/"),
-        (53, r"redpipe: 3 posts stored, 0.6/min, newest \d+ s ago, \w+"),
         # Drawn as often as it polls, it may find it reading each time.
         (120, r"redpipe: 3 posts stored, 0.6/min, newest \d+ s ago, \w.*, \d+ requests left"),
+        (53, r"redpipe: 3 posts stored, 0.6/min, newest \d+ s ago, \w+"),
+        (30, r"redpipe: 3 posts stored, 0.6/"),
+        (12, r"redpipe: 3"),
     ]:
         terminal.resize(width)
         wait_for(lambda shown=shown: re.fullmatch(shown, [FIRST, *shown_lines(terminal)][-1]))
@@ -606,8 +608,3 @@ def test_control_characters_of_reddit_never_reach_a_terminal(
     assert "redpipe: r/python cannot be read" in shown
     assert not set("\x1b\x07\x9b\u202e\x00\x7f") & set(shown)
     assert "\nsecond" not in shown
-
-
-def test_a_stream_that_can_only_say_ascii_is_no_obstacle(redpipe):
-    done = redpipe("--once", "größe/posts.db", "python", PYTHONIOENCODING="ascii")
-    assert says(done, 73)

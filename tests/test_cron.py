@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from artefact import ROOT, probe, readme_blocks, wait_for
-from conftest import add_posts, count_posts, stored
+from conftest import add_posts, count_posts, one_line, stored
 from fake_reddit import FakeReddit
 
 pytestmark = pytest.mark.timeout(60)
@@ -164,18 +164,16 @@ def test_readmes_line_is_silent_and_goes_on_from_run_to_run(host, environment_fi
 
 
 def test_readmes_line_says_one_line_on_failure(host, environment_file, fake_reddit):
-    fake_reddit.refuse("python", "private")
-    status, mail = run_line(host)
-    assert status == 69
-    assert re.fullmatch(r"redpipe: [^\n]*r/python[^\n]*\n", mail)
-    fake_reddit.clients.clear()
-    status, mail = run_line(host)
-    assert status == 77
-    assert re.fullmatch(r"redpipe: [^\n]*credentials[^\n]*\n", mail)
-    shutil.rmtree(host.directory / "data")
-    status, mail = run_line(host)
-    assert status == 73
-    assert re.fullmatch(r"redpipe: [^\n]*/data/posts\.db[^\n]*\n", mail)
+    for spoil, expected, word in [
+        (lambda: fake_reddit.refuse("python", "private"), 69, "r/python"),
+        (fake_reddit.clients.clear, 77, "credentials"),
+        (lambda: shutil.rmtree(host.database.parent), 73, "/data/posts.db"),
+    ]:
+        spoil()
+        status, mail = run_line(host)
+        assert status == expected
+        assert one_line(mail)
+        assert word in mail
 
 
 def without_credentials() -> str:
