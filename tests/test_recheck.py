@@ -957,7 +957,7 @@ def test_a_pass_over_many_posts_is_quick_and_holds_few_of_them(world):
 # --- beside a follower
 
 
-class Day(World):
+class Neighbours(World):
     """A follower, and a recheck beside it; a fifth of what is stored is deleted between two."""
 
     def follow(self):
@@ -989,25 +989,19 @@ class Day(World):
             self.clock.leave()
 
 
-@pytest.mark.parametrize(
-    ("hours", "total"),
-    [(2, 40), pytest.param(12, 200, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
-)
-def test_a_recheck_beside_a_follower_leaves_nothing_that_was_deleted_before_it(
-    database, hours, total
-):
-    day = Day(database, SharedClock(2, hours * HOUR))
-    day.reddit.budgets["oauth"] = Budget(total=total)
-    day.reddit.grow(1, jitter=1.0)
-    works = (day.follow, partial(day.ask_again, hours * HOUR / 4.5))
-    threads = [threading.Thread(target=day.live, args=(work,)) for work in works]
+def test_a_recheck_beside_a_follower_leaves_nothing_that_was_deleted_before_it(database):
+    both = Neighbours(database, SharedClock(2, 2 * HOUR))
+    both.reddit.budgets["oauth"] = Budget(total=40)
+    both.reddit.grow(1, jitter=1.0)
+    works = (both.follow, partial(both.ask_again, 0.45 * HOUR))
+    threads = [threading.Thread(target=both.live, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert day.runs >= 3
-    assert {seen.status for seen in day.reddit.log} == {200}
-    soon = day.clock.end - 60
+    assert both.runs >= 3
+    assert {seen.status for seen in both.reddit.log} == {200}
+    soon = both.clock.end - 60
     stored = {one for (one,) in query(database, "SELECT id FROM posts")}
-    assert {one for one, utc in day.reddit.listed.items() if utc < soon} <= stored
+    assert {one for one, utc in both.reddit.listed.items() if utc < soon} <= stored
     assert query(database, "SELECT count(*) FROM gaps") == [(0,)]

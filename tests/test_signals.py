@@ -157,8 +157,9 @@ def test_while_another_program_holds_a_lock(redpipe, fake_reddit, other, number)
 
     add_posts(fake_reddit, range(7, 12))
     fake_reddit.faults = lock
+    asked = len(fake_reddit.requests())
     process = redpipe.start(*FOLLOW)
-    wait_for(lambda: other.in_transaction)
+    wait_for(lambda: len(fake_reddit.requests()) > asked)
     time.sleep(0.5)
     assert redpipe.stop(process, number) == (-number, "", "")
     other.close()
