@@ -621,7 +621,7 @@ def test_it_is_whole_whenever_it_is_killed_while_brought_to_2(redpipe, database,
     dice = random.Random(seed)
     make_version_1(database, [make_post(n) for n in range(1000)])
     old, before = database.read_bytes(), contents(database)
-    for _ in range(6):
+    for _ in range(5):
         for kept in tmp_path.glob("posts.db*"):
             kept.unlink()
         database.write_bytes(old)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from artefact import wait_for
-from fake_reddit import make_post
 from pipeline import Cursor, Database, Gap, load, survey, transform
 
 DAY = 86400
@@ -182,16 +181,21 @@ def test_a_database_that_may_not_be_written_can_be_shown(redpipe, database, toda
     assert "5 posts, 0 erased, 0 gaps" in out
 
 
+MANY = """
+INSERT INTO posts (id, created_utc, subreddit, title, permalink)
+WITH RECURSIVE numbers (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers LIMIT ?1)
+SELECT printf('%07x', n), ?2 - n * 40 * 86400 / ?1, 'Name' || n % 20,
+    'Invented post number ' || n || ' with a title of a usual length',
+    '/r/Name/comments/' || n || '/invented_post_number/' FROM numbers
+"""
+
+
 def many_posts(path, count):
     """Store posts of 20 names over 40 days, and their cursors."""
     now = int(time.time())
     with Database(str(path)) as database:
-        rows = (
-            transform(make_post(n, now - n * 40 * DAY // count, f"Name{n % 20}"))
-            for n in range(count)
-        )
-        cursors = [Cursor(f"name{n}", now - 40 * DAY, now, now) for n in range(20)]
-        load(database, rows, cursors)
+        database.execute(MANY, (count, now))
+        load(database, [], [Cursor(f"name{n}", now - 40 * DAY, now, now) for n in range(20)])
 
 
 def test_it_locks_nothing_and_a_signal_is_heard_while_posts_are_counted(redpipe, database):
