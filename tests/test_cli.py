@@ -250,17 +250,6 @@ def test_the_user_agent_names_platform_version_and_user(redpipe, fake_reddit, pr
 # The database
 
 
-def test_other_subreddits_are_added_to_the_same_database(redpipe, fake_reddit, database):
-    python = add_posts(fake_reddit, range(5))
-    rust = add_posts(fake_reddit, range(5, 9), "rust")
-    assert redpipe("--once", database, "python").status == 0
-    assert stored(database) == sorted(python)
-    assert redpipe("--once", database, "python", "rust").status == 0
-    assert stored(database) == sorted(python + rust)
-    names = query(database, "SELECT subreddit FROM cursors ORDER BY subreddit")
-    assert names == [("python",), ("rust",)]
-
-
 @pytest.mark.parametrize(
     "name", [":memory:", "file:posts.db?mode=memory", os.fsdecode(b"caf\xe9 ?#%.db")]
 )
