@@ -23,21 +23,22 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import cycle, islice
 from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from artefact import bare_environment, build, make_bare
-from fake_reddit import DIGITS, make_post
+from start import Run, build_here, make_venv, run_timed, verdict
+
+from artefact import bare_environment, make_bare
+from fake_reddit import make_post
 
 SQLITE_UTILS = "sqlite-utils==4.2.1"
 DUCKDB = "duckdb==2.0.1"
@@ -49,6 +50,7 @@ LARGEST_SHARE = 0.05
 MOST_GROWTH = 5_000_000  # bytes
 MOST_SECONDS = 2.0  # for --recheck to find that none of MANY posts is due
 FIRST_UTC = 1_790_000_000
+ENVIRONMENT = bare_environment(LC_ALL="C.UTF-8", REDDIT_CLIENT_ID="never-asked")
 
 REDPIPE = "`redpipe.pyz --from`"
 AGAIN = "the same file again"
@@ -80,35 +82,9 @@ sqlite3 "$2" \\
     'CREATE INDEX posts_created_utc ON posts (created_utc)' '.mode csv' '.import /dev/stdin posts'
 """
 
-# A process's peak counts that of the process it was forked from. So the clock is held by
-# an interpreter as small as can be, not by this one.
-STOPWATCH = """
-import posix, sys, time
-quiet = [(posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0)]
-start = time.perf_counter()
-process = posix.posix_spawn(sys.argv[1], sys.argv[1:], posix.environ, file_actions=quiet)
-_, status, usage = posix.wait4(process, 0)
-seconds = time.perf_counter() - start
-print(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, status)
-"""
-
-
-class Run(NamedTuple):
-    """What one command took: seconds on the wall, of the processor, and bytes at the peak."""
-
-    seconds: float
-    cpu: float
-    peak: float
-
-
 # --- posts
 
 MARK_ID, MARK_TIME = "zzzidzzz", 7_777_777_777_777_777
-
-
-def base36(number: int) -> bytes:
-    digits = [DIGITS[number // 36**place % 36] for place in range(6, -1, -1)]
-    return "".join(digits).encode()
 
 
 def template(post: dict[str, Any]) -> list[bytes]:
@@ -118,47 +94,33 @@ def template(post: dict[str, Any]) -> list[bytes]:
     return [head, tail + b"\n"]
 
 
-def recorded_posts(samples: str) -> Iterator[dict[str, Any]]:
-    with lzma.open(Path(samples) / "posts.ndjson.xz", "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def preview(dice: random.Random, images: int) -> dict[str, Any]:
-    """Invent what Reddit says of pictures: many small objects and long addresses."""
-    return {
-        "images": [
-            {"id": dice.randbytes(16).hex(), "resolutions": [size(dice) for _ in range(images)]}
-        ],
-        "enabled": False,
-    }
-
-
-def size(dice: random.Random) -> dict[str, Any]:
-    url = f"https://preview.example.org/{dice.randbytes(8).hex()}.png?s={dice.randbytes(20).hex()}"
-    return {"url": url, "width": dice.randrange(100, 2000), "height": dice.randrange(100, 2000)}
-
-
 def invented_posts(count: int = 5000) -> Iterator[dict[str, Any]]:
-    """Invent posts of 3.1 kB in the middle, and 16 kB at the upper hundredth."""
+    """Invent posts of 3.1 kB in the middle, and 16 kB at the upper hundredth.
+
+    Half of them have pictures: many small objects with long addresses.
+    """
     dice = random.Random(1)
     for n in range(count):
         bytes_left = int(dice.lognormvariate(math.log(3100), 0.7)) - 1600
         pictures = max(0, bytes_left) // 2 // 150 if n % 2 else 0
         words = "Nobody wrote this. " * (max(0, bytes_left - 150 * pictures) // 19)
-        name = f"subreddit_{n % 30}"
-        yield make_post(n, subreddit=name, selftext=words, preview=preview(dice, pictures))
+        urls = [f"https://preview.example.org/{dice.randbytes(40).hex()}" for _ in range(pictures)]
+        images = [{"url": url, "width": dice.randrange(100, 2000), "height": 500} for url in urls]
+        yield make_post(n, subreddit=f"subreddit_{n % 30}", selftext=words, preview=images)
 
 
 def templates() -> list[list[bytes]]:
-    samples = os.environ.get("REDPIPE_SAMPLES")
-    return [template(post) for post in (recorded_posts(samples) if samples else invented_posts())]
+    if samples := os.environ.get("REDPIPE_SAMPLES"):
+        with lzma.open(Path(samples) / "posts.ndjson.xz", "rt", encoding="utf-8") as file:
+            return [template(json.loads(line)) for line in file]
+    return [template(post) for post in invented_posts()]
 
 
 def made_up(forms: list[list[bytes]], count: int) -> Iterator[bytes]:
     """Yield so many posts as lines; each has an id and a time of its own."""
     mark = MARK_ID.encode()
     for n, (head, tail) in enumerate(islice(cycle(forms), count)):
-        identifier = base36(36**6 + n)
+        identifier = b"%07d" % (1_000_000 + n)
         time = b"%d.0" % (FIRST_UTC + n // 17)
         yield head.replace(mark, identifier) + time + tail.replace(mark, identifier)
 
@@ -168,10 +130,8 @@ def one_subreddit(forms: list[list[bytes]], count: int) -> tuple[str, int]:
     made = (json.loads(head + b"0" + tail) for head, tail in islice(cycle(forms), count))
     sizes = Counter(str(post.get("subreddit")).lower() for post in made)
     del sizes["none"]
-    return max(
-        (pair for pair in sizes.items() if pair[1] <= LARGEST_SHARE * count),
-        key=itemgetter(1),
-    )
+    small = {name: size for name, size in sizes.items() if size <= LARGEST_SHARE * count}
+    return max(small.items(), key=itemgetter(1))
 
 
 def sizes_of(forms: list[list[bytes]]) -> str:
@@ -182,22 +142,6 @@ def sizes_of(forms: list[list[bytes]]) -> str:
 
 
 # --- runs
-
-
-def run_timed(command: list[str], lines: Iterable[bytes] = ()) -> Run:
-    """Run a command to a good end; `lines` go to its standard input."""
-    stopwatch = [sys.executable, "-I", "-S", "-c", STOPWATCH, *command]
-    environment = bare_environment(LC_ALL="C.UTF-8", REDDIT_CLIENT_ID="never-asked")
-    with subprocess.Popen(
-        stopwatch, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None
-        process.stdin.writelines(lines)
-        out, _ = process.communicate(timeout=3600)
-    seconds, cpu, peak, status = out.split()
-    if status != b"0":
-        sys.exit(f"status {status.decode()}: {' '.join(command)}")
-    return Run(float(seconds), float(cpu), float(peak))
 
 
 def remove(database: Path) -> None:
@@ -213,7 +157,7 @@ def measure(commands: dict[str, list[str]], database: Path, rounds: int) -> dict
             if name != AGAIN:
                 remove(database)
             os.sync()  # nobody waits for what another one has left to be written
-            run = run_timed(command)
+            run = run_timed(command, ENVIRONMENT)
             if turn:
                 runs[name].append(run)
     return runs
@@ -226,8 +170,8 @@ def commands_of(
     paths = [str(file), str(database)]
     redpipe = [str(python), str(work / "redpipe.pyz"), f"--from={file}", str(database)]
     bare_loop = str(Path(__file__).with_name("bare_loop.py"))
-    utils = [str(install(work, SQLITE_UTILS) / "sqlite-utils"), "insert"]
-    duck = [str(install(work, DUCKDB) / "python3"), "-I", "-c", DUCKDB_SCRIPT, *paths]
+    utils = [str(make_venv(work / "utils", SQLITE_UTILS) / "sqlite-utils"), "insert"]
+    duck = [str(make_venv(work / "duck", DUCKDB) / "python3"), "-I", "-c", DUCKDB_SCRIPT, *paths]
     commands = {
         BARE: [str(python), "-I", bare_loop, *paths],
         REDPIPE: redpipe,
@@ -242,15 +186,6 @@ def commands_of(
     return commands
 
 
-def install(work: Path, requirement: str) -> Path:
-    """Install a pinned package into an environment of its own; return where its programs are."""
-    venv = work / requirement.partition("=")[0]
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=300)
-    pip = [venv / "bin/python3", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--disable-pip-version-check", requirement], check=True, timeout=300)
-    return venv / "bin"
-
-
 # --- the tables
 
 
@@ -258,10 +193,6 @@ def times(runs: dict[str, list[Run]], one: str, other: str, what: str = "seconds
     """Return how many times as long `one` took as `other`: the median of the rounds."""
     pairs = zip(runs[one], runs[other], strict=True)
     return median(getattr(first, what) / getattr(second, what) for first, second in pairs)
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "**MISSED**"
 
 
 def speed_rows(runs: dict[str, list[Run]], posts: int) -> list[str]:
@@ -300,10 +231,8 @@ def memory_rows(what: str, few: Run, many: Run, most_seconds: float = math.inf) 
         bar += f"; at most {most_seconds:g} s: {verdict(many.seconds <= most_seconds)}"
     rows = [f"| {what} | seconds | CPU s | peak MB | bar |", "|---|---|---|---|---|"]
     for posts, run, its_bar in ((FEW, few, ""), (MANY, many, bar)):
-        peak = run.peak / 1e6
-        rows.append(
-            f"| {posts:,} posts | {run.seconds:.1f} | {run.cpu:.1f} | {peak:.1f} | {its_bar} |"
-        )
+        measured = f"{run.seconds:.1f} | {run.cpu:.1f} | {run.peak / 1e6:.1f}"
+        rows.append(f"| {posts:,} posts | {measured} | {its_bar} |")
     return rows
 
 
@@ -314,9 +243,7 @@ def main() -> int:
     subreddit, selected = one_subreddit(forms, posts)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        done = build(work / "redpipe.pyz")
-        if done.returncode:
-            sys.exit(done.stderr)
+        build_here(work / "redpipe.pyz")
         python = make_bare(sys.executable, work / "bare")
         file, database = work / "posts.ndjson", work / "posts.db"
         with file.open("wb") as dump:
@@ -329,10 +256,11 @@ def main() -> int:
             for option in ("--from=-", "--recheck=24")
         )
         remove(database)
-        few, few_asked = run_timed(piped, made_up(forms, FEW)), run_timed(asked)
+        few = run_timed(piped, ENVIRONMENT, made_up(forms, FEW))
+        few_asked = run_timed(asked, ENVIRONMENT)
         remove(database)
-        many = run_timed(piped, made_up(forms, MANY))
-        many_asked = min(run_timed(asked) for _ in range(rounds))
+        many = run_timed(piped, ENVIRONMENT, made_up(forms, MANY))
+        many_asked = min(run_timed(asked, ENVIRONMENT) for _ in range(rounds))
     title = (
         f"CPython {platform.python_version()}, {posts:,} posts ({sizes_of(forms)}; "
         f"{megabytes:,.0f} MB), one subreddit with {100 * selected / posts:.1f} % of them, "

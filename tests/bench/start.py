@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -36,7 +37,8 @@ quiet = [(posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0)]
 start = time.perf_counter()
 process = posix.posix_spawn(sys.argv[1], sys.argv[1:], posix.environ, file_actions=quiet)
 _, status, usage = posix.wait4(process, 0)
-print(time.perf_counter() - start, usage.ru_maxrss, status)
+seconds = time.perf_counter() - start
+print(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, status)
 """
 
 
@@ -48,9 +50,11 @@ class Bar(NamedTuple):
 
 
 class Run(NamedTuple):
+    """What one command took: seconds on the wall, of the processor, and bytes at the peak."""
+
     seconds: float
+    cpu: float
     peak: float
-    """Resident memory at its highest, in MiB."""
 
 
 BARS = {
@@ -60,11 +64,6 @@ BARS = {
 }
 LARGEST = 1_200_000  # bytes
 LONGEST_BUILD = 3.0  # seconds
-
-
-def check_call(*command: object, **options: object) -> None:
-    """Run a command that has to succeed."""
-    subprocess.run(list(map(str, command)), check=True, timeout=300, **options)
 
 
 def build_here(output: Path, python: str = sys.executable) -> float:
@@ -77,13 +76,12 @@ def build_here(output: Path, python: str = sys.executable) -> float:
     return seconds
 
 
-def make_plain_venv(directory: Path) -> Path:
-    """Make an ordinary virtual environment with the pinned packages in it."""
-    check_call(sys.executable, "-m", "venv", directory)
-    python = directory / "bin" / "python3"
-    lock = ROOT / "requirements.txt"
-    check_call(python, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", lock)
-    return python
+def make_venv(directory: Path, *requirements: object) -> Path:
+    """Install packages into an environment of their own; return where its programs are."""
+    pip = [directory / "bin/python3", "-m", "pip", "install", "--disable-pip-version-check"]
+    for command in ([sys.executable, "-m", "venv", directory], [*pip, "--quiet", *requirements]):
+        subprocess.run(command, check=True, timeout=300)
+    return directory / "bin"
 
 
 def foreign_python() -> str | None:
@@ -92,16 +90,19 @@ def foreign_python() -> str | None:
     return versions[-1].path if versions else None
 
 
-def run_timed(command: list[str], environment: dict[str, str]) -> Run:
-    """Run a command once, to a good end."""
+def run_timed(command: list[str], environment: dict[str, str], lines: Iterable[bytes] = ()) -> Run:
+    """Run a command once, to a good end; `lines` go to its standard input."""
     stopwatch = [sys.executable, "-I", "-S", "-c", STOPWATCH, *command]
-    done = subprocess.run(
-        stopwatch, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
-    )
-    seconds, peak, status = done.stdout.split()
-    if status != "0":
-        sys.exit(f"status {status}: {' '.join(command)}")
-    return Run(float(seconds), int(peak) / 1024)
+    with subprocess.Popen(
+        stopwatch, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.writelines(lines)
+        out, _ = process.communicate(timeout=3600)
+    seconds, cpu, peak, status = out.split()
+    if status != b"0":
+        sys.exit(f"status {status.decode()}: {' '.join(command)}")
+    return Run(float(seconds), float(cpu), float(peak))
 
 
 def measure(
@@ -130,9 +131,13 @@ def commands_of(pyz: Path, python: Path, suffix: str, database: Path) -> dict[st
     }
 
 
-def verdict(value: float, limit: float, unit: str) -> str:
+def verdict(met: bool) -> str:
+    return "met" if met else "**MISSED**"
+
+
+def at_most(value: float, limit: float, unit: str) -> str:
     """Write a bar, and whether it is met."""
-    return f"at most {limit:g} {unit}: {'met' if value <= limit else '**MISSED**'}"
+    return f"at most {limit:g} {unit}: {verdict(value <= limit)}"
 
 
 def start_rows(measured: dict[str, list[Run]]) -> list[str]:
@@ -143,9 +148,9 @@ def start_rows(measured: dict[str, list[Run]]) -> list[str]:
     ]
     for name, runs in measured.items():
         ratios = {other: ratio(runs, measured[other]) for other in (PASS, REQUESTS)}
-        bars = [verdict(ratios[bar.reference], bar.factor, "x") for bar in BARS.get(name, [])]
+        bars = [at_most(ratios[bar.reference], bar.factor, "x") for bar in BARS.get(name, [])]
         milliseconds = 1000 * median(run.seconds for run in runs)
-        peak = median(run.peak for run in runs)
+        peak = median(run.peak for run in runs) / 2**20
         rows.append(
             f"| {name} | {milliseconds:.1f} | {ratios[PASS]:.2f} | {ratios[REQUESTS]:.2f} "
             f"| {peak:.1f} | {'; '.join(bars)} |"
@@ -158,8 +163,8 @@ def build_rows(size: int, seconds: float) -> list[str]:
     return [
         "| build | measured | bar |",
         "|---|---|---|",
-        f"| size | {size / 1e6:.3f} MB | {verdict(size / 1e6, LARGEST / 1e6, 'MB')} |",
-        f"| time, warm cache | {seconds:.2f} s | {verdict(seconds, LONGEST_BUILD, 's')} |",
+        f"| size | {size / 1e6:.3f} MB | {at_most(size / 1e6, LARGEST / 1e6, 'MB')} |",
+        f"| time, warm cache | {seconds:.2f} s | {at_most(seconds, LONGEST_BUILD, 's')} |",
     ]
 
 
@@ -182,15 +187,16 @@ def main() -> int:
         build_here(pyz)  # fills pip's cache
         build_seconds = min(build_here(pyz) for _ in range(3))  # the bar is no ratio
         bare = make_bare(sys.executable, work / "bare")
+        plain = make_venv(work / "plain", "--require-hashes", "-r", ROOT / "requirements.txt")
         commands = {
             PASS: [str(bare), "-c", "pass"],
-            REQUESTS: [str(make_plain_venv(work / "plain")), "-c", "import requests"],
+            REQUESTS: [str(plain / "python3"), "-c", "import requests"],
             **commands_of(pyz, bare, "", database),
         }
         if foreign := foreign_python():
             build_here(work / "foreign.pyz", foreign)
             commands.update(commands_of(work / "foreign.pyz", bare, ", foreign bytecode", database))
-        check_call(*commands["`--once`, nothing new"], env=environment)
+        run_timed(commands["`--once`, nothing new"], environment)
         table = [
             f"CPython {platform.python_version()}, medians of {rounds} rounds",
             "",
