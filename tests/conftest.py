@@ -35,12 +35,17 @@ SOON = 2.0
 
 
 class Done(NamedTuple):
-    """Hold what a finished command leaves."""
+    """Hold what a finished command leaves; `status` is negative for the signal that ended it."""
 
     status: int
-    """As the shell says it: negative for the signal that ended the process."""
     out: str
     err: str
+
+
+def finish(process: subprocess.Popen[str], stdin: str | None = None, timeout: float = 30) -> Done:
+    """Wait until a process has ended; fail after `timeout` seconds."""
+    out, err = process.communicate(stdin, timeout)
+    return Done(process.returncode, out, err)
 
 
 class Redpipe:
@@ -61,54 +66,42 @@ class Redpipe:
     def __call__(
         self, *arguments: object, stdin: str = "", timeout: float = 30, **environment: str
     ) -> Done:
-        """Run redpipe to its end; end it after `timeout` seconds and fail."""
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(stdin, timeout)
-        return Done(process.returncode, out, err)
+        """Run redpipe to its end."""
+        return finish(self.start(*arguments, **environment), stdin, timeout)
 
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         """Start redpipe and leave it running; the fixture kills it in the end."""
-        process = subprocess.Popen(
-            [*self.command, *map(str, arguments)],
-            cwd=self.directory,
+        return self.start_through(
+            *self.command,
+            *arguments,
             env={**self.environment, **environment},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
             errors="surrogateescape",
         )
-        self.started.append(process)
-        return process
 
     def start_through(self, *words: object, **more: Any) -> subprocess.Popen[str]:
         """Start redpipe by another command, or with streams of its own."""
-        process = subprocess.Popen(
-            list(map(str, words)),
-            cwd=self.directory,
-            env=self.environment,
-            **{
-                "stdin": subprocess.DEVNULL,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.PIPE,
-                "text": True,
-                **more,
-            },
-        )
+        options = {
+            "cwd": self.directory,
+            "env": self.environment,
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "encoding": "utf-8",
+        }
+        process = subprocess.Popen(list(map(str, words)), **{**options, **more})
         self.started.append(process)
         return process
 
     def stop(
-        self,
-        process: subprocess.Popen[str],
-        with_signal: signal.Signals = signal.SIGTERM,
+        self, process: subprocess.Popen[str], with_signal: signal.Signals = signal.SIGTERM
     ) -> Done:
         """Send a signal to what `start` gave, and see that it ends soon."""
         process.send_signal(with_signal)
         seconds = wait_for_end(process.pid)
-        out, err = process.communicate(timeout=10)
+        done = finish(process, timeout=10)
         assert seconds < SOON
-        return Done(process.returncode, out, err)
+        return done
 
     def kill_all(self) -> None:
         """End whatever still runs."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import query, says
+from conftest import finish, query, says
 from fake_reddit import make_post
 from pipeline import BUILT_IN, BadUsage, Field, parse_fields, transform
 
@@ -228,8 +228,7 @@ def test_two_processes_add_their_fields_to_one_database(redpipe, database):
         process.stdin.write(json.dumps({"name": f"t3_{field}", field: 7}) + "\n")
         process.stdin.flush()
     for process in redpipe.started:
-        assert process.communicate(timeout=20) == ("", "")
-        assert process.returncode == 0
+        assert finish(process) == (0, "", "")
     assert sorted(columns(database)) == ["score", "ups"]
     assert query(database, "SELECT id, score, ups FROM posts ORDER BY id") == [
         ("score", 7, None),

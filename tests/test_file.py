@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from artefact import run_bare, wait_for
-from conftest import Done, count_posts, open_terminal, query, says
+from conftest import count_posts, finish, open_terminal, query, says
 from fake_reddit import make_post
 from pipeline import BadLines, Database, load, open_file, read_file, transform
 from virtual import VirtualClock
@@ -413,8 +413,7 @@ def test_a_file_that_breaks_while_it_is_read_ends_in_66(redpipe, database):
 def test_a_standard_input_that_cannot_be_read_ends_in_66(redpipe, file, database):
     with file.open("wb") as write_only:
         process = redpipe.start_through(*redpipe.command, "--from=-", database, stdin=write_only)
-        out, err = process.communicate(timeout=20)
-    assert says(Done(process.returncode, out, err), 66)
+    assert says(finish(process), 66)
 
 
 def zstd(data):
@@ -542,8 +541,7 @@ def test_standard_input_may_be_non_blocking(redpipe, database):
     wait_for(database.exists)
     os.write(writing, numbered([1])[100:] + numbered(range(2, 9)))
     os.close(writing)
-    assert process.communicate(timeout=20) == ("", "")
-    assert process.returncode == 0
+    assert finish(process) == (0, "", "")
     assert count_posts(database) == 8
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from artefact import wait_for
-from conftest import count_posts, query, stored
+from conftest import count_posts, finish, query, stored
 from fake_reddit import Budget, make_post
 
 
@@ -48,8 +48,7 @@ def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_p
     for n in range(100, 300):
         fake_reddit.add(posts[n])
         time.sleep(0.005)
-    assert imported.communicate(timeout=30) == ("", "")
-    assert imported.returncode == 0
+    assert finish(imported) == (0, "", "")
     fake_reddit.add(make_post(400, now))
     wait_for(lambda: count_posts(database) == 9_401)
     assert redpipe.stop(follower).err == ""
@@ -63,9 +62,7 @@ def test_two_imports_at_once_that_overlap(redpipe, tmp_path, database):
     first = write_posts(tmp_path / "first.ndjson", range(12_000))
     second = write_posts(tmp_path / "second.ndjson", [*range(17_999, 5_999, -1), *range(6_000)])
     imports = [redpipe.start(f"--from={file}", database) for file in (first, second, first)]
-    for process in imports:
-        assert process.communicate(timeout=60) == ("", "")
-        assert process.returncode == 0
+    assert [finish(process, timeout=60) for process in imports] == [(0, "", "")] * 3
     assert_stored_once(database, 18_000)
 
 
