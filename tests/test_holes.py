@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 
 import pipeline
+from conftest import query
 from fake_reddit import Budget, FakeReddit, Fault, Post, Reply, error_reply, listing
 from virtual import VirtualClock, fetch_from
 
@@ -123,7 +123,7 @@ class World:
     """An invented Reddit, its clock, and what became of its posts."""
 
     def __init__(self, path: Path, budget: int) -> None:
-        self.path = str(path)
+        self.path = path
         self.clock = VirtualClock(1_790_000_000)
         self.reddit = FakeReddit(self.clock)
         self.reddit.create("a", "b")
@@ -146,9 +146,9 @@ class World:
             late = 0 if self.scarce else coming.late
             self.reddit.add(self.post(coming.subreddit, at), visible_utc=at + late)
 
-    def remove(self, anchor: str | None, names: str, count: int) -> None:
+    def remove(self, anchor: str, name: str, count: int) -> None:
         """Remove the anchor and those above it; without one, the newest posts."""
-        listed = self.reddit.listing_ids(names)
+        listed = self.reddit.listing_ids(name)
         last = listed.index(anchor) + 1 if anchor in listed else count
         for identifier in listed[max(0, last - count) : last]:
             if len(self.reddit.removed) < MOST_REMOVED:
@@ -169,19 +169,19 @@ class World:
             return False
         return listed - post["created_utc"] < ON_TIME
 
-    def rows(self, sql: str, *values: object) -> list[tuple]:
-        connection = sqlite3.connect(self.path)
-        try:
-            return connection.execute(sql, values).fetchall()
-        finally:
-            connection.close()
+    def rows(self, sql: str) -> list[tuple]:
+        return query(self.path, sql)
+
+    def load(self, database: pipeline.Database, batch: pipeline.Batch) -> None:
+        rows = map(pipeline.transform, batch.posts)
+        self.stored += pipeline.load(database, rows, batch.cursors, batch.gaps)
 
 
 class Served(NamedTuple):
     """A page that a redpipe got."""
 
     time: float
-    names: str
+    name: str
     newest: bool
     ids: list[str]
 
@@ -191,7 +191,7 @@ class Redpipe:
 
     def __init__(self, world: World, names: Sequence[str], *, once: bool = False) -> None:
         self.world, self.names = world, names
-        self.database = pipeline.Database(world.path, clock=world.clock)
+        self.database = pipeline.Database(str(world.path), clock=world.clock)
         self.serve = fetch_from(world.reddit, world.clock)
         self.events: list[Event] = []
         self.requests = 0
@@ -213,7 +213,7 @@ class Redpipe:
         if self.doomed:
             raise KilledError
         if batch is not None:
-            Check(self.world, self.served, batch).store(self.database)
+            store(self, batch)
         return batch is not None
 
     def fetch(self, request: pipeline.Request) -> pipeline.Answer:
@@ -221,24 +221,24 @@ class Redpipe:
         if "/new" not in request.url:
             return self.serve(request)
         self.requests += 1
-        names, after = request.url.split("/")[-2], request.params.get("after", "")[3:]
+        name, after = request.url.split("/")[-2], request.params.get("after", "")[3:]
         for event in self.events:
             if event.request == self.requests:
-                self.happen(event, names, after or None)
+                self.happen(event, name, after)
         try:
-            answer = self.ailing(names) or self.serve(request)
+            answer = self.ailing(name) or self.serve(request)
         except pipeline.Failed:
-            self.failed(names)
+            self.failed(name)
             raise
         if answer.status not in (200, 429):
-            self.failed(names, final=answer.status == 403)
+            self.failed(name, final=answer.status == 403)
         if answer.status == 200:
-            self.failures[names] = 0
+            self.failures[name] = 0
             children = pipeline.parse_json(answer.body)["data"]["children"]
             ids = [child["data"]["id"] for child in children]
             if not (after or ids):  # the listing has fallen silent: what it showed is dropped
-                self.served = [page for page in self.served if page.names != names]
-            self.served.append(Served(self.world.reddit.log[-1].time, names, not after, ids))
+                self.forget(name)
+            self.served.append(Served(self.world.reddit.log[-1].time, name, not after, ids))
         return answer
 
     def ailing(self, name: str) -> pipeline.Answer | None:
@@ -246,13 +246,23 @@ class Redpipe:
         reply, until = self.ills.get(name, (None, 0))
         return pipeline.Answer(*reply) if reply and self.requests <= until else None
 
-    def failed(self, names: str, *, final: bool = False) -> None:
-        """Forget the pages of a walk that is dropped, after three failures of a page."""
-        self.failures[names] += 1
-        if final or self.failures[names] >= pipeline.TRIES:
-            self.served = [page for page in self.served if page.names != names]
+    def failed(self, name: str, *, final: bool = False) -> None:
+        """Count a failure; after three of a page in a row its walk is dropped."""
+        self.failures[name] += 1
+        if final or self.failures[name] >= pipeline.TRIES:
+            self.forget(name)
 
-    def happen(self, event: Event, names: str, anchor: str | None) -> None:
+    def forget(self, name: str) -> None:
+        """Forget the pages of a walk that is dropped."""
+        self.served = [page for page in self.served if page.name != name]
+
+    def last_pass(self, name: str) -> list[Served]:
+        """Give the pages since a name's newest page was asked for the last time."""
+        pages = [page for page in self.served if page.name == name]
+        first = max((n for n, page in enumerate(pages) if page.newest), default=0)
+        return pages[first:]
+
+    def happen(self, event: Event, name: str, anchor: str) -> None:
         """Let an event happen."""
         world, kind, size = self.world, event.kind, event.size
         if kind == "kill":
@@ -260,7 +270,7 @@ class Redpipe:
         if kind == "kill before load":
             self.doomed = True
         elif kind.startswith("remove"):
-            world.remove(anchor, names, 100 if kind == "remove many" else size)
+            world.remove(anchor, name, 100 if kind == "remove many" else size)
         elif kind.startswith("approve"):
             world.approve(size, top=kind == "approve")
         elif kind == "future":
@@ -268,178 +278,140 @@ class Redpipe:
         elif kind == "import":
             self.import_posts(size)
         elif kind.startswith("other"):
-            self.run_another()
+            run_once(world, self.names)
         elif kind in ILLS:
-            self.ills[names] = (ILLS[kind], self.requests + 3 * size)
+            self.ills[name] = (ILLS[kind], self.requests + 3 * size)
         world.reddit.script(*answers(kind, size))
         if kind.endswith("burst"):
             world.arrive(Arrivals("a", 100 * size, 20 * size, 0))
             world.clock.advance(20 * size)
 
-    def run_another(self) -> None:
-        """Let another redpipe poll once."""
-        other = Redpipe(self.world, self.names, once=True)
-        while other.poll():
-            pass
-        other.die()
-
     def import_posts(self, share: int) -> None:
         """Store some of the newest posts, as an import from elsewhere does."""
         newest = self.world.reddit.listing_ids("a")[: 10 * share]
         posts = [self.world.reddit.posts[i] for n, i in enumerate(newest) if n % 12 <= share]
-        rows = map(pipeline.transform, posts)
-        self.world.stored += pipeline.load(self.database, rows)
+        self.world.load(self.database, pipeline.Batch(posts))
 
 
 def answers(kind: str, size: int) -> list[Fault | Reply]:
     """Give what the next requests get."""
-    if kind == "silence":
-        return [(200, {}, listing([]))] * min(size, 3)
-    if kind == "failures":
-        return [error_reply(503, "down"), Fault("refuse"), error_reply(429, "slowly")] * 1
-    if kind == "outage":
-        return [Fault("hang")] * size
-    return []
+    found: dict[str, list[Fault | Reply]] = {
+        "silence": [(200, {}, listing([]))] * min(size, 3),
+        "failures": [error_reply(503, "down"), Fault("refuse"), error_reply(429, "slowly")],
+        "outage": [Fault("hang")] * size,
+    }
+    return found.get(kind, [])
+
+
+def run_once(world: World, names: Sequence[str]) -> None:
+    """Let a redpipe walk each name once."""
+    redpipe = Redpipe(world, names, once=True)
+    while redpipe.poll():
+        pass
+    redpipe.die()
 
 
 # What must hold
 
 
-class Check:
-    """Stores one finished walk, and compares what is stored with what was listed."""
+def store(redpipe: Redpipe, batch: pipeline.Batch) -> None:
+    """Store one finished walk, and compare what is stored with what was listed."""
+    world = redpipe.world
+    known = stored_ids(world)
+    check_posts(batch, known)
+    cursors = dict(world.rows("SELECT subreddit, newest_utc FROM cursors"))
+    gaps = world.rows("SELECT * FROM gaps")
+    world.load(redpipe.database, batch)
+    for name, newest_utc in world.rows("SELECT subreddit, newest_utc FROM cursors"):
+        assert cursors.get(name, 0) <= newest_utc <= world.clock.time()  # never back
+    for name, after, before, _ in world.rows("SELECT * FROM gaps")[len(gaps) :]:
+        check_gap(redpipe, name, after, before)
+    stored = stored_ids(world)
+    missing = {i for page in redpipe.served for i in page.ids} - stored
+    assert not missing, f"served, not stored: {sorted(missing)}"
+    for cursor in batch.cursors:
+        check_holes(redpipe, cursor.subreddit, stored)
 
-    def __init__(self, world: World, served: list[Served], batch: pipeline.Batch) -> None:
-        self.world = world
-        self.served = served
-        self.batch = batch
 
-    def store(self, database: pipeline.Database) -> None:
-        self.check_posts()
-        cursors = self.cursors()
-        gaps = self.world.rows("SELECT * FROM gaps")
-        rows = map(pipeline.transform, self.batch.posts)
-        self.world.stored += pipeline.load(database, rows, self.batch.cursors, self.batch.gaps)
-        self.check_cursors(cursors, self.cursors())
-        self.check_gaps(self.world.rows("SELECT * FROM gaps")[len(gaps) :])
-        self.check_served()
-        for cursor in self.batch.cursors:
-            self.check_holes(cursor.subreddit)
+def stored_ids(world: World) -> set[str]:
+    return {row[0] for row in world.rows("SELECT id FROM posts")}
 
-    def cursors(self) -> dict[str, int]:
-        return dict(self.world.rows("SELECT subreddit, newest_utc FROM cursors"))
 
-    def check_posts(self) -> None:
-        """Check that new posts come oldest first, and each once."""
-        stored = {row[0] for row in self.world.rows("SELECT id FROM posts")}
-        ids = [post["id"] for post in self.batch.posts]
-        assert len(set(ids)) == len(ids)
-        assert stored.isdisjoint(ids), "given although it is stored"
-        times = [post["created_utc"] for post in self.batch.posts]
-        assert times == sorted(times)
+def check_posts(batch: pipeline.Batch, stored: set[str]) -> None:
+    """Check that new posts come oldest first, and each once."""
+    ids = [post["id"] for post in batch.posts]
+    assert len(set(ids)) == len(ids)
+    assert stored.isdisjoint(ids), "given although it is stored"
+    times = [post["created_utc"] for post in batch.posts]
+    assert times == sorted(times)
 
-    def check_cursors(self, before: dict[str, int], after: dict[str, int]) -> None:
-        """Check that a cursor moves neither back nor into the future."""
-        for name, newest_utc in after.items():
-            assert before.get(name, 0) <= newest_utc <= self.world.clock.time()
 
-    def check_served(self) -> None:
-        """Check that what was listed to a finished walk is stored."""
-        stored = {row[0] for row in self.world.rows("SELECT id FROM posts")}
-        missing = {i for page in self.served for i in page.ids} - stored
-        assert not missing, f"served, not stored: {sorted(missing)}"
+def check_gap(redpipe: Redpipe, name: str, after: int, before: int) -> None:
+    """Check that a walk got neither back that far, nor to a short listing's end."""
+    reddit, pages = redpipe.world.reddit, redpipe.last_pass(name)
+    assert after <= before
+    served = {i for page in pages for i in page.ids} - redpipe.world.on_top
+    older = [i for i in served if reddit.posts[i]["created_utc"] < after]
+    assert len(older) < 10, f"false gap: the walk of {name} got behind {after}"
+    # When all was removed, nobody knows whether Reddit only fell silent.
+    silent, short = not pages[-1].ids, len(reddit._windows[name]) <= 700
+    assert silent or not short, f"false gap: {name} is short"
 
-    def check_gaps(self, new: list[tuple]) -> None:
-        """No gap is false: the walk did not get back that far, nor to a listing's end."""
-        for name, after, before, _ in new:
-            assert after <= before
-            served = {i for page in self.last_pass(name) for i in page.ids}
-            older = [
-                i
-                for i in served - self.world.on_top
-                if self.world.reddit.posts[i]["created_utc"] < after
-            ]
-            assert len(older) < 10, f"false gap: the walk of {name} got behind {after}"
-            # When all was removed, nobody knows whether Reddit only fell silent.
-            silent = not self.last_pass(name)[-1].ids
-            short = len(self.world.reddit._windows[name]) <= 700
-            assert silent or not short, f"false gap: {name} is short"
 
-    def last_pass(self, name: str) -> list[Served]:
-        """Give the pages since a name's newest page was asked for the last time."""
-        pages = [page for page in self.served if page.names == name]
-        first = max((n for n, page in enumerate(pages) if page.newest), default=0)
-        return pages[first:]
-
-    def check_holes(self, name: str) -> None:
-        """Every promised post is stored; one that is no longer listed may lie in a gap."""
-        world = self.world
-        began = min((page.time for page in self.served if page.ids and page.newest), default=0.0)
-        ((since,),) = world.rows("SELECT since_utc FROM cursors WHERE subreddit = ?", name)
-        stored = {row[0] for row in world.rows("SELECT id FROM posts")}
-        gaps = world.rows("SELECT after_utc, before_utc FROM gaps WHERE subreddit = ?", name)
-        listed = set(world.reddit.listing_ids(name))
-        for identifier, post in world.reddit.posts.items():
-            at = post["created_utc"]
-            if identifier in stored or post["subreddit"] != name or at <= since:
-                continue
-            if world.is_promised(post, began):
-                kept = identifier in listed and not world.scarce  # else walks may be cut short
-                assert not kept, f"still listed, not stored: {post}"
-                assert any(after <= at <= before for after, before in gaps), f"a hole: {post}"
+def check_holes(redpipe: Redpipe, name: str, stored: set[str]) -> None:
+    """Check that every promised post is stored; one no longer listed may lie in a gap."""
+    world = redpipe.world
+    began = min((page.time for page in redpipe.served if page.ids and page.newest), default=0.0)
+    ((since,),) = world.rows(f"SELECT since_utc FROM cursors WHERE subreddit = '{name}'")
+    gaps = world.rows(f"SELECT after_utc, before_utc FROM gaps WHERE subreddit = '{name}'")
+    listed = set(world.reddit.listing_ids(name))
+    for identifier, post in world.reddit.posts.items():
+        at = post["created_utc"]
+        if identifier in stored or post["subreddit"] != name or at <= since:
+            continue
+        if world.is_promised(post, began):
+            kept = identifier in listed and not world.scarce  # else walks may be cut short
+            assert not kept, f"still listed, not stored: {post}"
+            assert any(after <= at <= before for after, before in gaps), f"a hole: {post}"
 
 
 # The test
 
 
-def live(world: World, life: list[Round]) -> None:
-    """Play one life; in the end nothing that is listed may be missing."""
-    redpipe: Redpipe | None = None
-    names: tuple[str, ...] = ()
-    for part in life:
-        if redpipe and (part.restart or part.names != names):
+def play(life: list[Round], budget: int) -> None:
+    """Play one life; in the end nothing that is listed may be missing, or be there twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder) / "posts.db", budget)
+        redpipe: Redpipe | None = None
+        for part in life:
+            if redpipe and (part.restart or part.names != redpipe.names):
+                redpipe.die()
+                redpipe = None
+            for coming in part.arrivals:
+                world.arrive(coming)
+            world.clock.advance(part.pause)
+            redpipe = walk(redpipe or Redpipe(world, part.names), part)
+        if redpipe:
             redpipe.die()
-            redpipe = None
-        names = part.names
-        for coming in part.arrivals:
-            world.arrive(coming)
-        world.clock.advance(part.pause)
-        redpipe = redpipe or Redpipe(world, names)
-        if not walk(redpipe, part):
-            redpipe = None
-    if redpipe:
-        redpipe.die()
-    end(world)
+        run_once(world, ("a", "b"))
+        assert world.rows("SELECT count(*) FROM posts") == [(world.stored,)], "stored twice"
+        assert world.rows("PRAGMA integrity_check") == [("ok",)]
+        rows = world.rows("SELECT subreddit, after_utc, before_utc FROM gaps")
+        assert len(set(rows)) == len(rows), "a gap was named twice"
 
 
-def walk(redpipe: Redpipe, part: Round) -> bool:
-    """Let a redpipe do some walks; tell whether it has survived them."""
+def walk(redpipe: Redpipe, part: Round) -> Redpipe | None:
+    """Let a redpipe do some walks; return it if it has survived them."""
     redpipe.events, redpipe.requests, redpipe.ills = part.events, 0, {}
     try:
         for _ in range(part.walks):
             redpipe.poll()
     except (KilledError, pipeline.Gone):  # or private before it could ever be read
         redpipe.die()
-        return False
+        return None
     finally:
         redpipe.world.reddit._script.clear()
-    return True
-
-
-def end(world: World) -> None:
-    """Poll once more in peace, and count."""
-    last = Redpipe(world, ("a", "b"), once=True)
-    while last.poll():
-        pass
-    last.die()
-    assert world.rows("SELECT count(*) FROM posts") == [(world.stored,)], "stored twice"
-    assert world.rows("PRAGMA integrity_check") == [("ok",)]
-    rows = world.rows("SELECT subreddit, after_utc, before_utc FROM gaps")
-    assert len(set(rows)) == len(rows), "a gap was named twice"
-
-
-def play(life: list[Round], budget: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        live(World(Path(folder) / "posts.db", budget), life)
+    return redpipe
 
 
 CALM = {
