@@ -20,6 +20,7 @@ import pytest
 
 import artefact
 from fake_reddit import FakeReddit, make_post
+from virtual import VirtualClock
 
 pyz, bare_of, bare_python = artefact.pyz, artefact.bare_of, artefact.bare_python  # fixtures
 
@@ -186,8 +187,6 @@ def kept_waiting(who: int | str) -> float:
 def program() -> ModuleType:
     """Load __main__.py under another name."""
     spec = importlib.util.spec_from_file_location("redpipe_main", artefact.ROOT / "__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -220,6 +219,18 @@ def app(redpipe: Redpipe) -> None:
 def database(tmp_path: Path) -> Path:
     """Name a database that is not there yet."""
     return tmp_path / "posts.db"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Name a file of posts that is not there yet."""
+    return tmp_path / "posts.ndjson"
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    """Give a clock that shows 1,790,000,000 until somebody sleeps."""
+    return VirtualClock()
 
 
 @pytest.fixture
