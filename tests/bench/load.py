@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from start import Run, build_here, make_venv, run_timed, verdict
+from start import Run, build_here, make_venv, run_timed, show, verdict
 
 from artefact import bare_environment, make_bare
 from fake_reddit import make_post
@@ -275,8 +275,7 @@ def main() -> int:
         "",
         *memory_rows("`--recheck=24`, none is due", few_asked, many_asked, MOST_SECONDS),
     ]
-    print("\n".join(table))
-    return 1 if "MISSED" in "".join(table) else 0
+    return show(table)
 
 
 if __name__ == "__main__":
