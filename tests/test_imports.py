@@ -33,7 +33,7 @@ def assert_stored_once(database, number):
     ) == [(number, number, 0, number - 1, number)]
 
 
-def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_path, database):
+def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, file, database):
     fake_reddit.budgets["json"] = Budget(total=10_000)
     now = int(time.time())
     # The file has what is listed, what will be listed, and what no longer is.
@@ -42,7 +42,6 @@ def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, tmp_p
         fake_reddit.add(posts[n])
     follower = redpipe.start("--interval=1", database, "python")
     wait_for(lambda: count_posts(database) >= 100)
-    file = tmp_path / "posts.ndjson"
     file.write_text("".join(json.dumps(posts[n]) + "\n" for n in range(-9_000, 400)))
     imported = redpipe.start(f"--from={file}", database)
     for n in range(100, 300):
@@ -71,9 +70,9 @@ def test_two_imports_at_once_that_overlap(redpipe, tmp_path, database):
     [15_000, pytest.param(1_000_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])],
 )
 def test_an_import_killed_five_times_is_finished_by_a_last_one(
-    redpipe, tmp_path, database, seed, number
+    redpipe, tmp_path, file, database, seed, number
 ):
-    file = write_posts(tmp_path / "posts.ndjson", range(number))
+    write_posts(file, range(number))
     began = time.monotonic()
     assert redpipe(f"--from={file}", tmp_path / "whole.db", timeout=600) == (0, "", "")
     whole, dice, killed = time.monotonic() - began, random.Random(seed), 0

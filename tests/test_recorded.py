@@ -75,8 +75,7 @@ def test_every_recorded_post_is_stored_once_with_the_right_columns(recorded, dat
     assert query(database, ROWS) == expected_rows(recorded)
 
 
-def test_recorded_listings_are_imported_whole(recorded, redpipe, tmp_path, database):
-    file = tmp_path / "posts.ndjson"
+def test_recorded_listings_are_imported_whole(recorded, redpipe, file, database):
     file.write_bytes(b"".join(json.dumps(json.loads(body)).encode() + b"\n" for body in recorded))
     assert redpipe("--from", file, database) == (0, "", "")
     ids = [row[0] for row in expected_rows(recorded)]
