@@ -88,19 +88,13 @@ def import_file(file, database):
 
 # --- what a line may be
 
+POST = {"id": "a1", "created_utc": 1700000001, "title": "Titled", "author": "somebody"}
+
 
 def test_posts_things_and_listings_are_mixed_at_will(redpipe, fake_reddit, file, database):
     write_lines(
         file,
-        {
-            "id": "a1",
-            "created_utc": 1700000001,
-            "subreddit": "Python",
-            "title": "One",
-            "author": "somebody",
-            "author_fullname": "t2_1",
-            "permalink": "/r/Python/comments/a1/one/?ref=x",
-        },
+        {**POST, "subreddit": "Python", "author_fullname": "t2_1", "permalink": "/r/a1/one/?ref=x"},
         thing("t3", name="t3_a2", created_utc=1700000002.0, author="[deleted]"),
         listing(thing("t3", id="a3", title="Three"), thing("t3", id="a4"), thing("t5", id="x")),
         {"name": "t3_a5"},
@@ -108,7 +102,7 @@ def test_posts_things_and_listings_are_mixed_at_will(redpipe, fake_reddit, file,
     )
     assert redpipe("--from", file, database) == (0, "", "")
     assert rows(database, COLUMNS) == [
-        ("a1", 1700000001, "Python", "One", "t2_1", "somebody", "/r/Python/comments/a1/one/"),
+        ("a1", 1700000001, "Python", "Titled", "t2_1", "somebody", "/r/a1/one/"),
         ("a2", 1700000002, None, None, None, None, None),
         ("a3", None, None, "Three", None, None, None),
         ("a4", None, None, None, None, None, None),
@@ -117,8 +111,6 @@ def test_posts_things_and_listings_are_mixed_at_will(redpipe, fake_reddit, file,
     assert query(database, "SELECT * FROM cursors") == []
     assert fake_reddit.log == []
 
-
-POST = {"id": "a1", "created_utc": 1700000001, "title": "Titled", "author": "somebody"}
 
 POSTS = {
     "its name": {"name": "t3_a1"},
@@ -429,11 +421,10 @@ def test_a_second_import_changes_nothing(import_file, database):
 
 def peak_memory(redpipe, lines, *arguments):
     """Give the peak of resident memory, in bytes, of an import of lines."""
-    measured = [sys.executable, "-I", "-S", "-c", PEAK, *redpipe.command, "--from=-", *arguments]
-    with subprocess.Popen(measured, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdin.writelines(lines)
-        out, _ = process.communicate(timeout=60)
-    kibibytes, status = out.split()
+    command = [sys.executable, "-I", "-S", "-c", PEAK, *redpipe.command, "--from=-", *arguments]
+    process = redpipe.start_through(*command, stdin=subprocess.PIPE, encoding=None)
+    process.stdin.writelines(lines)
+    kibibytes, status = finish(process, timeout=60).out.split()
     assert status == b"0"
     return int(kibibytes) * 1024
 
@@ -535,11 +526,8 @@ def test_a_terminal_shows_share_done_and_time_left(redpipe, file, database):
     ],
 )
 def test_the_three_entities_of_titles_alone_are_decoded_once(import_file, database, escaped, title):
-    raw = {"title": escaped, "author": escaped, "subreddit": escaped, "permalink": escaped}
-    import_file(
-        post("a1", **raw), thing("t3", id="a2", **raw), listing(thing("t3", id="a3", **raw))
-    )
-    assert (
-        rows(database, "title, author_name, subreddit, permalink")
-        == [(title, escaped, escaped, escaped)] * 3
-    )
+    raw = dict.fromkeys(("title", "author", "subreddit", "permalink"), escaped)
+    things = [thing("t3", id=identifier, **raw) for identifier in ("a2", "a3")]
+    import_file(post("a1", **raw), things[0], listing(things[1]))
+    row = (title, escaped, escaped, escaped)
+    assert rows(database, "title, author_name, subreddit, permalink") == [row] * 3

@@ -2,7 +2,7 @@
 
 Hypothesis invents the life of a small Reddit and of the redpipes that follow it. The real
 `stream` and `load` run on a real SQLite file; only time and network are made up. After every
-transaction `Check` compares the database with what the invented Reddit knows.
+transaction `store` compares the database with what the invented Reddit knows.
 
 REDPIPE_SEED=N repeats a run; the seed is printed when a test fails. REDPIPE_EXAMPLES=N tries
 more lives than the default; `./tests/run --long` tries 5000.
