@@ -56,7 +56,6 @@ class Redpipe:
     """
 
     def __init__(self, pyz: Path, python: Path, url: str, directory: Path) -> None:
-        """Keep what every run has in common; `directory` is the working directory."""
         self.command = [str(python), str(pyz)]
         self.directory = directory
         self.tmpdir = directory / "tmp"
@@ -82,15 +81,10 @@ class Redpipe:
 
     def start_through(self, *words: object, **more: Any) -> subprocess.Popen[str]:
         """Start redpipe by another command, or with streams of its own."""
-        options = {
-            "cwd": self.directory,
-            "env": self.environment,
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "encoding": "utf-8",
-        }
-        process = subprocess.Popen(list(map(str, words)), **{**options, **more})
+        options = {"cwd": self.directory, "env": self.environment, "encoding": "utf-8"}
+        streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        options |= {"stdin": subprocess.DEVNULL, **streams, **more}
+        process = subprocess.Popen(list(map(str, words)), **options)
         self.started.append(process)
         return process
 
@@ -173,10 +167,7 @@ def wait_for_end(pid: int) -> float:
 
 
 def kept_waiting(who: int | str) -> float:
-    """Give the seconds for which a process, or thread, could not run: others had the processors.
-
-    who: a process id, or `self` or `thread-self`.
-    """
+    """Give the seconds for which a process, `self` or `thread-self` waited for a processor."""
     try:
         return int(Path(f"/proc/{who}/schedstat").read_text("utf-8").split()[1]) / 1e9
     except OSError:  # not Linux
