@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import finish, query, says
+from conftest import query, says
 from fake_reddit import make_post
 from pipeline import BUILT_IN, BadUsage, Field, parse_fields, transform
 
@@ -91,14 +91,12 @@ VALUES = [
     (r'"a \u0000 b \ud800 c"', "a \ufffd b \ufffd c"),
     ('"a &amp; b"', "a &amp; b"),
     ("0", 0),
-    ("-7", -7),
     (f"{2**63 - 1}", 2**63 - 1),
     (f"{-(2**63)}", -(2**63)),
     (f"{2**63}", "9223372036854775808"),
     (f"{-(2**63) - 1}", "-9223372036854775809"),
     (LONG, LONG),
     ("1.0", 1.0),
-    ("0.95", 0.95),
     ("-1e300", -1e300),
     ("NaN", None),
     ("Infinity", None),
@@ -220,17 +218,3 @@ def test_views_do_not_mind_more_columns(import_posts, database):
         ("2023-11-14T22:13:20Z", None, None, None, "https://www.reddit.com/a1"),
     ]
     assert query(database, "SELECT * FROM posts_per_hour") == [("2023-11-14T22:00:00Z", 2)]
-
-
-def test_two_processes_add_their_fields_to_one_database(redpipe, database):
-    for field in ("score", "ups"):
-        process = redpipe.start(f"--field={field}", "--from=-", database)
-        process.stdin.write(json.dumps({"name": f"t3_{field}", field: 7}) + "\n")
-        process.stdin.flush()
-    for process in redpipe.started:
-        assert finish(process) == (0, "", "")
-    assert sorted(columns(database)) == ["score", "ups"]
-    assert query(database, "SELECT id, score, ups FROM posts ORDER BY id") == [
-        ("score", 7, None),
-        ("ups", None, 7),
-    ]
