@@ -32,6 +32,10 @@ def ids(path, names):
     return [post["id"] for post in posts], bad
 
 
+def expecting(cases, expected):
+    return [pytest.param(case, expected, id=name) for name, case in cases.items()]
+
+
 def post(body):
     return b'{"name": "t3_a1", ' + body + b"}"
 
@@ -54,12 +58,6 @@ SELECTED = {
 }
 
 
-@pytest.mark.parametrize("body", SELECTED.values(), ids=SELECTED.keys())
-def test_a_wanted_post_is_found_however_it_is_written(file, body):
-    file.write_bytes(post(body))
-    assert ids(file, ["python", "c"]) == (["a1"], 0)
-
-
 OTHERS = {
     "another": b'"subreddit": "rust"',
     "one that begins alike": b'"subreddit": "pythons"',
@@ -78,10 +76,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("body", OTHERS.values(), ids=OTHERS.keys())
-def test_other_posts_are_no_trouble_and_not_selected(file, body):
+@pytest.mark.parametrize(("body", "found"), expecting(SELECTED, ["a1"]) + expecting(OTHERS, []))
+def test_a_post_is_selected_by_the_name_that_counts_however_it_is_written(file, body, found):
     file.write_bytes(post(body))
-    assert ids(file, ["python", "kotlin", "17"]) == ([], 0)
+    assert ids(file, ["python", "kotlin", "c", "17"]) == (found, 0)
 
 
 PASSED_OVER = {
@@ -94,14 +92,7 @@ PASSED_OVER = {
 }
 
 
-@pytest.mark.parametrize("line", PASSED_OVER.values(), ids=PASSED_OVER.keys())
-def test_what_is_wrong_with_lines_of_others_is_not_looked_at(file, line):
-    file.write_bytes(line + b"\n" + post(b'"subreddit": "python"'))
-    assert ids(file, ["python"]) == (["a1"], 0)
-    assert ids(file, ["all"])[1] == 1
-
-
-NOT_PASSED_OVER = {
+READ = {
     "nothing to tell by": b"nonsense",
     "wanted and cut off": b'{"name": "t3_x1", "subreddit": "python", "title": "cut o',
     "a wanted comment": b'{"name": "t1_x1", "subreddit": "python", "body": "x"}',
@@ -111,10 +102,11 @@ NOT_PASSED_OVER = {
 }
 
 
-@pytest.mark.parametrize("line", NOT_PASSED_OVER.values(), ids=NOT_PASSED_OVER.keys())
-def test_what_cannot_be_told_to_be_of_others_is_read(file, line):
+@pytest.mark.parametrize(("line", "bad"), expecting(PASSED_OVER, 0) + expecting(READ, 1))
+def test_a_line_is_passed_over_only_if_it_can_be_told_to_be_of_others(file, line, bad):
     file.write_bytes(line + b"\n" + post(b'"subreddit": "python"'))
-    assert ids(file, ["python"]) == (["a1"], 1)
+    assert ids(file, ["python"]) == (["a1"], bad)
+    assert ids(file, ["all"])[1] == 1
 
 
 # --- whatever a line holds
