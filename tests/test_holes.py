@@ -11,6 +11,7 @@ more lives than the default; `./tests/run --long` tries 5000.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import tempfile
@@ -164,10 +165,9 @@ class World:
 
     def is_promised(self, post: Post, at: float) -> bool:
         """Tell whether a walk that began then must have found a post, unless it is in a gap."""
-        listed = self.reddit.listed.get(post["id"])
-        if listed is None or listed > at or post["id"] in self.reddit.removed:
-            return False
-        return listed - post["created_utc"] < ON_TIME
+        listed = self.reddit.listed.get(post["id"], math.inf)
+        on_time = listed - post["created_utc"] < ON_TIME
+        return on_time and listed <= at and post["id"] not in self.reddit.removed
 
     def rows(self, sql: str) -> list[tuple]:
         return query(self.path, sql)
@@ -317,8 +317,7 @@ def run_once(world: World, names: Sequence[str]) -> None:
 def store(redpipe: Redpipe, batch: pipeline.Batch) -> None:
     """Store one finished walk, and compare what is stored with what was listed."""
     world = redpipe.world
-    known = stored_ids(world)
-    check_posts(batch, known)
+    check_posts(batch, stored_ids(world))
     cursors = dict(world.rows("SELECT subreddit, newest_utc FROM cursors"))
     gaps = world.rows("SELECT * FROM gaps")
     world.load(redpipe.database, batch)

@@ -178,8 +178,6 @@ def test_a_cursor_is_read_back_and_never_moves_back(database):
     [
         ((100, 200), (150, 300), (150, 300)),
         ((150, 300), (100, 200), (150, 300)),
-        ((100, 200), (201, 300), (201, 300)),
-        ((201, 300), (100, 200), (201, 300)),
     ],
 )
 def test_of_two_first_runs_the_one_that_claims_less_says_where_coverage_begins(
