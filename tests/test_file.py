@@ -21,7 +21,6 @@ from artefact import run_bare, wait_for
 from conftest import count_posts, finish, open_terminal, query, says
 from fake_reddit import make_post
 from pipeline import BadLines, Database, load, open_file, read_file, transform
-from virtual import VirtualClock
 
 COLUMNS = "id, created_utc, subreddit, title, author, author_name, permalink"
 MEBIBYTE = 2**20
@@ -72,12 +71,9 @@ def ids(database):
 def import_file(file, database):
     """Import lines within this process, and give the posts stored or filled."""
 
-    def import_file(*lines, names=(), clock=None):
+    def import_file(*lines, names=()):
         write_lines(file, *lines)
-        with (
-            Database(str(database), clock=clock or VirtualClock()) as opened,
-            open_file(str(file)) as source,
-        ):
+        with Database(str(database)) as opened, open_file(str(file)) as source:
             return sum(
                 load(opened, [transform(post) for post in batch.posts], batch.cursors, batch.gaps)
                 for batch in read_file(source, names)
@@ -410,15 +406,6 @@ def test_a_compressed_file_leads_to_the_command_that_reads_it(
 # --- the process
 
 
-def test_a_second_import_changes_nothing(import_file, database):
-    lines = [make_post(n) for n in range(1234)]
-    assert import_file(*lines) == 1234
-    first = rows(database, "*")
-    assert {row[-3] for row in first} == {1_790_000_000}
-    assert import_file(*lines, clock=VirtualClock(1_800_000_000)) == 0
-    assert rows(database, "*") == first
-
-
 def peak_memory(redpipe, lines, *arguments):
     """Give the peak of resident memory, in bytes, of an import of lines."""
     command = [sys.executable, "-I", "-S", "-c", PEAK, *redpipe.command, "--from=-", *arguments]
@@ -469,7 +456,6 @@ def test_a_file_needs_no_sensible_environment(redpipe, file, database):
 @pytest.mark.parametrize(
     ("size", "taken", "seconds", "said"),
     [
-        (0, 0, 0.0, "0 MB read, 0 MB/s"),
         (0, 123_456_789, 10.0, "123 MB read, 12 MB/s"),
         (0, 140_000_000_000, 600.0, "140,000 MB read, 233 MB/s"),
         (1_000_000_000, 0, 0.0, "0 MB read, 0 MB/s"),
