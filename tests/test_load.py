@@ -120,10 +120,7 @@ def test_coverage_tells_of_each_name_whether_it_is_complete(database, path):
     since, until, polled = "2023-11-14T22:13:20Z", "2023-11-14T23:13:20Z", "2023-11-14T23:13:30Z"
     names, rows = view(path, "coverage")
     assert names == "subreddit since until last_poll gaps"
-    assert sorted(rows) == [
-        ("python", since, until, polled, 0),
-        ("rust", since, since, polled, 2),
-    ]
+    assert sorted(rows) == [("python", since, until, polled, 0), ("rust", since, since, polled, 2)]
 
 
 # --- rows

@@ -261,21 +261,17 @@ def main() -> int:
         remove(database)
         many = run_timed(piped, ENVIRONMENT, made_up(forms, MANY))
         many_asked = min(run_timed(asked, ENVIRONMENT) for _ in range(rounds))
-    title = (
+    return show(
         f"CPython {platform.python_version()}, {posts:,} posts ({sizes_of(forms)}; "
         f"{megabytes:,.0f} MB), one subreddit with {100 * selected / posts:.1f} % of them, "
-        f"{os.cpu_count()} processors, medians of {rounds} rounds"
-    )
-    table = [
-        title,
+        f"{os.cpu_count()} processors, medians of {rounds} rounds",
         "",
         *speed_rows(runs, posts),
         "",
         *memory_rows("`--from=-`", few, many),
         "",
         *memory_rows("`--recheck=24`, none is due", few_asked, many_asked, MOST_SECONDS),
-    ]
-    return show(table)
+    )
 
 
 if __name__ == "__main__":

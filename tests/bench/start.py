@@ -133,9 +133,9 @@ def at_most(value: float, limit: float, unit: str) -> str:
     return f"at most {limit:g} {unit}: {verdict(value <= limit)}"
 
 
-def show(table: list[str]) -> int:
+def show(*table: str) -> int:
     """Print a table; return the exit status."""
-    print("\n".join(table))
+    print(*table, sep="\n")
     return 1 if "MISSED" in "".join(table) else 0
 
 
@@ -196,14 +196,13 @@ def main() -> int:
             build_here(work / "foreign.pyz", foreign)
             commands.update(commands_of(work / "foreign.pyz", bare, ", foreign bytecode", database))
         run_timed(commands["`--once`, nothing new"], environment)
-        table = [
+        return show(
             f"CPython {platform.python_version()}, medians of {rounds} rounds",
             "",
             *start_rows(measure(commands, environment, rounds)),
             "",
             *build_rows(pyz.stat().st_size, build_seconds),
-        ]
-    return show(table)
+        )
 
 
 if __name__ == "__main__":
