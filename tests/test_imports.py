@@ -58,11 +58,11 @@ def test_a_file_is_imported_while_reddit_is_followed(redpipe, fake_reddit, file,
 
 
 def test_two_imports_at_once_that_overlap(redpipe, tmp_path, database):
-    first = write_posts(tmp_path / "first.ndjson", range(12_000))
-    second = write_posts(tmp_path / "second.ndjson", [*range(17_999, 5_999, -1), *range(6_000)])
+    first = write_posts(tmp_path / "first.ndjson", range(6_000))
+    second = write_posts(tmp_path / "second.ndjson", [*range(8_999, 2_999, -1), *range(3_000)])
     imports = [redpipe.start(f"--from={file}", database) for file in (first, second, first)]
     assert [finish(process, timeout=60) for process in imports] == [(0, "", "")] * 3
-    assert_stored_once(database, 18_000)
+    assert_stored_once(database, 9_000)
 
 
 @pytest.mark.parametrize(
