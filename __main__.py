@@ -1,4 +1,29 @@
-"""The process: version, arguments, environment, signals, terminal, exit status."""
+"""Keep a SQLite database of Reddit's new posts.
+
+Usage:
+  redpipe.pyz [options] [--field=SPEC]... [--] <database> [<subreddit>...]
+  redpipe.pyz (-h | --help)
+  redpipe.pyz --version
+
+Follows the subreddits (python, r/python or a+b; none means all of Reddit) until
+it is stopped, and stores each new post once. Started again, it goes on.
+
+Options:
+  --once              Store everything new since the last run, then exit (cron).
+  --from=FILE         Read posts from FILE, a JSON value a line; - is standard input.
+  --field=SPEC        Also store KEY, KEY.KEY or KEY:COLUMN. May be repeated.
+  --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
+  --print             Also write each new post to standard output, as a line of JSON.
+  --recheck=HOURS     Ask again about posts not asked about for HOURS, erase what
+                      was deleted on Reddit, refresh the fields, then exit.
+  --status            Show what is stored and how complete it is, then exit.
+  -q, --quiet         Say errors only.
+  -v, --verbose       Say what every poll did.
+
+Credentials come from the environment: see Credentials in README.
+"""
+
+# The process: version, arguments, environment, signals, terminal, exit status.
 
 import sys
 
@@ -34,30 +59,8 @@ else:
 
 VERSION = "2.0.0"
 
-# Not the docstring of this file, which python -OO leaves out.
-USAGE = """Keep a SQLite database of Reddit's new posts.
-
-Usage:
-  redpipe.pyz [options] [--field=SPEC]... [--] <database> [<subreddit>...]
-  redpipe.pyz (-h | --help)
-  redpipe.pyz --version
-
-Follows the subreddits (python, r/python or a+b; none means all of Reddit) until
-it is stopped, and stores each new post once. Started again, it goes on.
-
-Options:
-  --once              Store everything new since the last run, then exit (cron).
-  --from=FILE         Read posts from FILE, a JSON value a line; - is standard input.
-  --field=SPEC        Also store KEY, KEY.KEY or KEY:COLUMN. May be repeated.
-  --interval=SECONDS  Longest wait between two polls, 1 to 3600 (default: 25).
-  --print             Also write each new post to standard output, as a line of JSON.
-  --recheck=HOURS     Ask again about posts not asked about for HOURS, erase what
-                      was deleted on Reddit, refresh the fields, then exit.
-  --status            Show what is stored and how complete it is, then exit.
-  -q, --quiet         Say errors only.
-  -v, --verbose       Say what every poll did.
-
-Credentials come from the environment: see Credentials in README."""
+# python -OO leaves the docstring out.
+USAGE = (__doc__ or globals()["__loader__"].get_source(__name__).split('"""')[1]).strip()
 
 CONFLICTS = {  # none of the second goes with the first
     "--from": ("--once", "--recheck", "--status", "--interval", "--print"),
@@ -236,8 +239,8 @@ def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
     url = environ.get("REDPIPE_URL", "").strip()
     if url and ("@" in url or "://" not in url or not is_address(url)):  # it may hold a password
         raise pipeline.BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", user):
-        raise pipeline.BadEnvironment("REDDIT_USERNAME: not the name of an account")
+    if not re.fullmatch("[!-~]*", user + token):
+        raise pipeline.BadEnvironment("REDDIT_USERNAME, REDDIT_FEED_TOKEN: not as Reddit has them")
     if secret and not client_id:
         raise pipeline.BadEnvironment("REDDIT_CLIENT_SECRET is set, but REDDIT_CLIENT_ID is not")
     if token and not user:
@@ -417,7 +420,8 @@ class Run:
         once = self.arguments["--once"]
         what = f"{'polling' if once else 'following'} {pipeline.several(names)}"
         with self.open_database() as database:
-            batches = pipeline.stream(reddit, names, database, interval=self.interval, once=once)
+            asker = pipeline.Asker(reddit, once=once)
+            batches = pipeline.stream(asker, names, database, self.interval)
             what += f" {source_of(reddit.access)}"
             self.store(database, batches, what, lambda: standing(reddit))
 
@@ -430,25 +434,22 @@ class Run:
 
     def recheck(self) -> None:
         """Ask about stored posts again, erase what was deleted and refresh the fields."""
-        import random
         from collections import Counter
 
         reddit, counts = self.open_reddit(), Counter[str]()
         if not reddit.access.client_id:
             raise pipeline.BadEnvironment("--recheck needs an app; see README, Credentials")
-        pipeline.check_exists(self.path)
+        pipeline.check_header(self.path, exists=True)
         names = pipeline.several(self.names) or "all posts"
 
         def line() -> str:
-            return "{asked:,} of {due:,} asked, {erased:,} erased".format_map(counts)
-
-        def result() -> str:
-            return "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased".format_map(counts)
+            said = "{asked:,} of {due:,} asked, {refreshed:,} refreshed, {erased:,} erased"
+            return said.format_map(counts)
 
         with self.open_database() as database:
-            asker = pipeline.ModestAsker(reddit, once=True, chance=random.random)
+            asker = pipeline.ModestAsker(reddit, once=True)
             what = f"rechecking {names} {source_of(reddit.access)}"
-            with self.told(what, line, result, lambda: standing(reddit)):
+            with self.told(what, line, line, lambda: standing(reddit)):
                 for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):
                     counts.update(part)
 

@@ -39,6 +39,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 Post = dict[str, Any]  # with Reddit's own keys; `id` is always there and usable
+Names = Sequence[str]  # of subreddits, in lower case
 
 WWW_URL = "https://www.reddit.com"
 OAUTH_URL = "https://oauth.reddit.com"
@@ -128,7 +129,7 @@ class BadEnvironment(RedpipeError):
     exit_status = 78
 
 
-def several(names: Sequence[str]) -> str:
+def several(names: Names) -> str:
     """Name some subreddits, and count the others."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(f"r/{name}" for name in names[:5]) + more
@@ -233,14 +234,6 @@ class Batch(NamedTuple):
     gaps: Sequence[Gap] = ()
 
 
-class Memory(Protocol):
-    """What a follower asks of the database."""
-
-    def cursor(self, name: str) -> Cursor | None: ...
-    def rates(self) -> Mapping[str, float]: ...
-    def unstored(self, posts: Sequence[Post]) -> list[Post]: ...
-
-
 class Field(NamedTuple):
     """One --field: where it is in a post, and its column."""
 
@@ -286,6 +279,8 @@ _decode = json.JSONDecoder(parse_constant=lambda name: None).decode
 
 def parse_json(text: bytes) -> Any:
     """Read JSON from UTF-8; NaN is None. Raises ValueError, whatever is wrong."""
+    if len(text) > BODY_LIMIT:
+        raise ValueError(f"longer than {BODY_LIMIT >> 20} MiB")
     try:
         return _decode(text.decode("utf-8", "surrogatepass"))
     except RecursionError as exc:
@@ -722,8 +717,7 @@ def full_walk_is_due(cursor: Cursor, now: float, rate: float, share: float) -> b
     tenth of the name's `share` of the budget, in requests a second.
     """
     shortest = max(300.0, seconds_per_page(rate), HORIZON / PAGE / (0.1 * share))
-    if not math.isfinite(shortest):
-        return False
+    shortest = min(shortest, 1e9)  # of a dead one
     length = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
 
     def turn(utc: float) -> float:
@@ -741,8 +735,7 @@ def spares_full_walk(rate: float, budget_rate: float) -> bool:
 
 
 def is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
+    return re.fullmatch(r"localhost|::1|127(\.\d+){3}", urlsplit(url).hostname or "") is not None
 
 
 def http_fetch(clock: Clock = time) -> Fetch:
@@ -906,7 +899,10 @@ class Reddit:
         try:
             page: Page = self._ask(self._request(name, params), self.source)
         except NoJson as exc:
-            self._take_feed(exc)
+            log.info("%s, which has no account ids", exc)
+            self.source = OWN_FEED if self.access.feed_token else FEED
+            assumed = Assumed(60 if self.access.feed_token else 10)
+            self.budget = self.budget._replace(known=assumed.spend(self.clock.monotonic()))
             raise
         except BadToken as exc:
             final, self._token_ends, self._renewed = self._renewed, 0.0, True
@@ -917,12 +913,6 @@ class Reddit:
             raise (gone if other else exc) from None
         self._renewed, self._answered = False, name
         return page
-
-    def _take_feed(self, exc: NoJson) -> None:
-        log.info("%s, which has no account ids", exc)
-        self.source = OWN_FEED if self.access.feed_token else FEED
-        assumed = Assumed(60 if self.access.feed_token else 10).spend(self.clock.monotonic())
-        self.budget = self.budget._replace(known=assumed)
 
     def _ask(self, request: Request, source: str) -> Any:
         log.debug("asking for %s", url_path(request.url))
@@ -1029,12 +1019,10 @@ def ends_there(page: Page, read: Sequence[str]) -> bool:
     return [fullname(post) for post in page.posts[-1:]] == [*read[-1:]] and len(page.posts) < FEW
 
 
-def walk_back(
-    first: Page, ask: Ask, target: float, least: int, may_ask: Callable[[], bool]
-) -> Walk:
+def walk_back(first: Page, ask: Ask, target: float, least: int, go_on: Callable[[], bool]) -> Walk:
     """Read older pages, so many at least, until one has passed the target or there are no more.
 
-    `may_ask` cuts the walk short. A listing that ends after a while need not be short: new
+    `go_on` may cut the walk short. A listing that ends after a while need not be short: new
     posts may have pushed its last ones out.
     """
     found: dict[str, Post] = {}
@@ -1043,7 +1031,7 @@ def walk_back(
         found = {post["id"]: post for post in page.posts} | found
         # Listings are nearly, not strictly, ordered: one old post proves nothing.
         reached = min(reached, max(times_of(page.posts[-FEW:]), default=math.inf))
-        if (reached < target and pages >= least) or not may_ask():
+        if (reached < target and pages >= least) or not go_on():
             break
     short = page.after is None and len(found) < SHORT
     if short and reached >= target and page.utc - first.utc > STEADY:
@@ -1107,6 +1095,7 @@ def gaps_of(walk: Walk, cursor: Cursor | None, lag: int, noticed_utc: int) -> li
 # --- Following ----------------------------------------------------------------
 
 T = TypeVar("T")
+Chance = Callable[[], float]  # in [0, 1), as random.random
 
 TRIES = 3  # for a page, until it is another listing's turn
 
@@ -1131,7 +1120,7 @@ class Asker:
     spare = 0.0
     budget_patience = BUDGET_PATIENCE
 
-    def __init__(self, reddit: Reddit, *, once: bool, chance: Callable[[], float]) -> None:
+    def __init__(self, reddit: Reddit, *, once: bool, chance: Chance = random.random) -> None:
         self.reddit = reddit
         self.clock = reddit.clock
         self.once = once
@@ -1143,7 +1132,7 @@ class Asker:
         self.exhausted = ""
 
     def answer(self, what: str, ask: Callable[[], T], tries: float, rate: float) -> T:
-        """Ask until there is an answer; raise Unanswered after so many failures.
+        """Ask until there is an answer; raise what is final, and Unanswered after so many failures.
 
         `what` is being done, in words. `rate`: posts a second of the busiest listing.
         """
@@ -1153,11 +1142,17 @@ class Asker:
             self.reddit.doing = what, None
             try:
                 answer = ask()
-            except AskAgain as exc:
-                log.debug("%s: %s", what, exc)
             except (Failed, Refused) as exc:
+                if isinstance(exc, Refused) and not self.answered:
+                    raise
+                log.debug("%s: %s", what, exc)
+                if isinstance(exc, AskAgain):
+                    continue
                 failures += 1
-                self._failed(what, exc, last=failures == tries)
+                if self.once and self.clock.monotonic() >= self.gives_up_at:
+                    self.exhausted = str(exc)
+                if failures == tries or self.exhausted:
+                    raise Unanswered(str(exc)) from exc
                 self.sleep(backoff(failures, rate, self.chance()), f"{what} again")
             else:
                 self.answered, self.outage_told = True, False
@@ -1187,16 +1182,6 @@ class Asker:
         self.reddit.doing = what, now + seconds
         self.clock.sleep(max(seconds, 0.001))  # less than that may not move the clock
 
-    def _failed(self, what: str, exc: RedpipeError, *, last: bool) -> None:
-        """Count a failure; raise what is final, and Unanswered after the last."""
-        if isinstance(exc, Refused) and not self.answered:
-            raise exc
-        log.debug("%s: %s", what, exc)
-        if self.once and self.clock.monotonic() >= self.gives_up_at:
-            self.exhausted = str(exc)
-        if last or self.exhausted:
-            raise Unanswered(str(exc)) from exc
-
 
 class Listing:
     """One followed name, and what its last walks tell; times are the monotonic clock's.
@@ -1222,14 +1207,17 @@ class Listing:
 class Follower:
     """Walks the listings of some names, one after the other, and names the gaps."""
 
-    def __init__(self, asker: Asker, names: Sequence[str], memory: Memory, interval: float) -> None:
+    def __init__(self, asker: Asker, names: Names, database: Database, interval: float) -> None:
         self.asker = asker
-        self.memory = memory
+        self.database = database
         self.interval = interval
         self.followed = len(names)
-        rates = memory.rates()
+        # Of what changes; a single run ends with one line that says it all.
+        self.level = logging.INFO if asker.once else logging.WARNING
+        rates = database.rates()
         self.listings = [
-            Listing(one, memory.cursor(one), rates.get(one, 1 / 3600), asker.clock) for one in names
+            Listing(one, database.cursor(one), rates.get(one, 1 / 3600), asker.clock)
+            for one in names
         ]
         self.paid_until = -math.inf  # the last walk uses up the budget's share until then
         self.lost: list[str] = []  # what is wrong with names that cannot be read
@@ -1254,7 +1242,7 @@ class Follower:
 
     def follow(self, listing: Listing) -> Iterator[Batch]:
         """Walk a listing back to its cursor, and yield what is new; or put it off."""
-        cursor = self.memory.cursor(listing.name)
+        cursor = self.database.cursor(listing.name)
         lag = expected_lag(listing.lags)
         try:
             self.asker.await_budget(listing.pages)
@@ -1267,7 +1255,7 @@ class Follower:
             self._put_off(listing, exc)
             return
         self._well(listing)
-        posts = oldest_first(self.memory.unstored(walk.posts))
+        posts = oldest_first(self.database.unstored(walk.posts))
         if cursor:
             listing.lags.extend(lags_of(posts, cursor.newest_utc))
         gaps = gaps_of(walk, cursor, lag, utc)
@@ -1336,7 +1324,7 @@ class Follower:
     def _well(self, listing: Listing) -> None:
         """Note that a listing could be read; a single run is done with it."""
         if listing.told:
-            self._tell(f"r/{listing.name} can be read again")
+            log.log(self.level, "r/%s can be read again", listing.name)
         listing.failures, listing.told = 0, False
         if self.asker.once:
             self.listings.remove(listing)
@@ -1350,10 +1338,10 @@ class Follower:
             self.listings.remove(listing)
             self.lost.append(what)
             if self.listings:
-                self._tell(f"{what}; continuing with the others")
+                log.log(self.level, "%s; continuing with the others", what)
             return
         if not listing.told and (gone or not self.asker.outage_told):
-            self._tell(f"{what}; will keep trying")
+            log.log(self.level, "%s; will keep trying", what)
             listing.told = self.asker.outage_told = True
         pause = backoff(listing.failures, listing.rate, self.asker.chance())
         if listing.failures > TRIES and len(self.listings) > 1:  # a tenth of the budget at most
@@ -1362,10 +1350,6 @@ class Follower:
         if self.asker.once:  # it comes after the others, and once more when the patience ends
             listing.rate = 0.0
             listing.ready_at = min(listing.ready_at, self.asker.gives_up_at)
-
-    def _tell(self, message: str) -> None:
-        """Warn of what changed; a single run ends with one line that says it all."""
-        log.log(logging.INFO if self.asker.once else logging.WARNING, "%s", message)
 
     def _tell_gaps(self, every: float) -> None:
         """Warn of gaps at the first, and then once in so many seconds at most."""
@@ -1377,25 +1361,16 @@ class Follower:
             self.gaps_told_at = now
 
 
-def stream(
-    reddit: Reddit,
-    names: Sequence[str],
-    memory: Memory,
-    *,
-    interval: float = 25.0,
-    once: bool = False,
-    chance: Callable[[], float] = random.random,
-) -> Iterator[Batch]:
+def stream(asker: Asker, names: Names, database: Database, interval: float) -> Iterator[Batch]:
     """Yield the new posts of some subreddits, one Batch for each finished walk.
 
-    `names` are lower case; `memory` is what is stored already, and each Batch must be
-    there before the next is asked for. `interval`: the longest wait between two walks of
-    a name, in seconds, if the budget allows. With `once` each name is walked once, and
-    Gone is raised if one could not be read, Failed if one did not answer in PATIENCE
-    seconds. Otherwise it never ends, and raises only what its first answers say.
+    `database` holds what is stored already, and each Batch must be there before the next is
+    asked for. `interval`: the longest wait between two walks of a name, in seconds, if the
+    budget allows. If the asker asks `once`, each name is walked once, and Gone is raised if
+    one could not be read, Failed if one did not answer in PATIENCE seconds. Otherwise it
+    never ends, and raises only what its first answers say.
     """
-    asker = Asker(reddit, once=once, chance=chance)
-    follower = Follower(asker, names, memory, interval)
+    follower = Follower(asker, names, database, interval)
     while listing := follower.next():
         yield from follower.follow(listing)
     follower.finish()
@@ -1403,12 +1378,10 @@ def stream(
 
 # --- Asking again -------------------------------------------------------------
 
-# Whose wish it was that a post be gone: its author's, the law's, or Reddit's own. What a
+# Whose wish it was that a post be gone: its author's; the law's, or Reddit's own. What a
 # moderator or a filter removed is not among them. (The Arctic Shift schemas list all.)
-TAKEN_DOWN = (
-    *("deleted", "author", "content_takedown", "copyright_takedown"),
-    *("anti_evil_ops", "community_ops"),
-)
+DELETED = ("deleted", "author")
+TAKEN_DOWN = ("content_takedown", "copyright_takedown", "anti_evil_ops", "community_ops")
 HIDDEN = ("[removed]", "[deleted]")  # what Reddit shows in the place of a text
 
 
@@ -1420,7 +1393,7 @@ class ModestAsker(Asker):
 
 
 def recheck(
-    asker: Asker, database: Database, names: Sequence[str], fields: Sequence[Field], hours: float
+    asker: Asker, database: Database, names: Names, fields: Sequence[Field], hours: float
 ) -> Iterator[Counter[str]]:
     """Ask again about stored posts, and keep faith: one answer, one transaction.
 
@@ -1476,7 +1449,7 @@ def change_of(post: Post | None, fields: Sequence[Field]) -> dict[str, Any] | No
 
     None: it is to be erased. So is one of which Reddit knows nothing.
     """
-    if post is None or post.get("removed_by_category") in TAKEN_DOWN:
+    if post is None or post.get("removed_by_category") in DELETED + TAKEN_DOWN:
         return None
     changes: dict[str, Any] = {}
     for field in fields:
@@ -1524,16 +1497,16 @@ def open_file(path: str) -> io.BufferedReader:
     return io.BufferedReader(raw, 2**18)
 
 
-def read_file(file: BinaryIO, names: Sequence[str] = ()) -> Iterator[Batch]:
+def read_file(file: BinaryIO, names: Names = ()) -> Iterator[Batch]:
     """Yield the posts of a file that has one JSON value a line, in its order.
 
-    `names` (lower case) select subreddits; none, or all, selects every post, and when
+    `names` select subreddits; none, or all, selects every post, and when
     they select nothing, that is logged. The posts of a Batch are read from the file as
     they are asked for, all before the next Batch. Bad lines are logged, the first ten
     of them, and raise BadLines when all posts of the others have been given.
     """
     wanted = frozenset(name.encode() for name in names if "all" not in names)
-    tally = Tally()
+    tally = Counter[str]()
     posts = file_posts(file, wanted, tally)
     first = None
     for first in posts:
@@ -1541,44 +1514,40 @@ def read_file(file: BinaryIO, names: Sequence[str] = ()) -> Iterator[Batch]:
         # import's time, in the collector and in the processor's caches.
         yield Batch(itertools.chain([first], itertools.islice(posts, FILE_BATCH - 1)))
     if wanted and first is None:
-        log.warning("nothing selected of %s posts read; check the names", f"{tally.others:,}")
-    if tally.bad:
-        raise BadLines(f"skipped {tally.bad} line(s) that are not posts; stored the rest")
+        log.warning("nothing selected of %s posts read; check the names", f"{tally['others']:,}")
+    if tally["bad"]:
+        raise BadLines(f"skipped {tally['bad']} line(s) that are not posts; stored the rest")
 
 
-class Tally:
-    """Counts what a file holds besides the posts that are wanted.
+def add_bad(tally: Counter[str], line_number: int, reason: str) -> None:
+    """Count a line, and report it if it is one of the first."""
+    tally["bad"] += 1
+    if tally["bad"] <= LINES_TOLD:
+        log.warning("line %d: %s", line_number, reason)
+
+
+def file_posts(file: BinaryIO, wanted: frozenset[bytes], tally: Counter[str]) -> Iterator[Post]:
+    """Yield the wanted posts of a file (none: all of them), and count the rest.
 
     `bad`: lines that are not posts, in whole or in part. `others`: posts of other
     subreddits; a line that is passed over counts as one.
     """
-
-    bad = others = 0
-
-    def add_bad(self, line_number: int, reason: str) -> None:
-        """Count a line, and report it if it is one of the first."""
-        self.bad += 1
-        if self.bad <= LINES_TOLD:
-            log.warning("line %d: %s", line_number, reason)
-
-
-def file_posts(file: BinaryIO, wanted: frozenset[bytes], tally: Tally) -> Iterator[Post]:
-    """Yield the wanted posts of a file (none: all of them), and count the rest."""
     for line_number, line in enumerate(lines(file), 1):
         if wanted and is_elsewhere(line, wanted):
-            tally.others += 1
+            tally["others"] += 1
             continue
         try:
-            found = posts_of(json_of_line(line)) if line and not line.isspace() else []
+            found = posts_of(parse_json(line)) if line and not line.isspace() else []
         except ValueError as exc:
-            tally.add_bad(line_number, str(exc) + (hint(line) if line_number == 1 else ""))
+            told = f"not JSON ({getattr(exc, 'msg', exc)})"
+            add_bad(tally, line_number, told + (hint(line) if line_number == 1 else ""))
             continue
         posts = list(map(usable, found))
         if None in posts:
-            tally.add_bad(line_number, "not a post, or one without a usable id")
+            add_bad(tally, line_number, "not a post, or one without a usable id")
         for post in filter(None, posts):
             if wanted and not is_selected(post, wanted):
-                tally.others += 1
+                tally["others"] += 1
             else:
                 yield unescaped(post)
 
@@ -1626,15 +1595,6 @@ def is_selected(post: Post, wanted: frozenset[bytes]) -> bool:
     """
     name = post.get("subreddit")
     return isinstance(name, str) and name.encode("utf-8", "surrogatepass").lower() in wanted
-
-
-def json_of_line(line: bytes) -> Any:
-    if len(line) > BODY_LIMIT:
-        raise ValueError(f"longer than {BODY_LIMIT >> 20} MiB")
-    try:
-        return parse_json(line)
-    except ValueError as exc:
-        raise ValueError(f"not JSON ({getattr(exc, 'msg', exc)})") from exc
 
 
 def hint(line: bytes) -> str:
@@ -1809,10 +1769,9 @@ LASTING = ("id", "created_utc", "subreddit", "stored_utc", "checked_utc", "erase
 PART = 10_000  # rows read at once: in between, signals are heard
 
 
-def check_header(path: str) -> bool:
-    """Return whether PATH is a database of ours; False: it is still to be made.
+def check_header(path: str, *, exists: bool = False) -> None:
+    """Raise NotOurs if PATH is no database of ours; it may be none yet, unless it `exists`.
 
-    Raises NotOurs for all else.
     https://www.sqlite.org/fileformat.html#the_database_header
     """
     if os.path.exists(path) and not os.path.isfile(path):
@@ -1833,7 +1792,8 @@ def check_header(path: str) -> bool:
         raise NotOurs(f"{path}: {told}")
     if version > USER_VERSION:
         raise NotOurs(f"{path}: was written by a newer redpipe; upgrade this one")
-    return bool(header)
+    if exists and not header:
+        raise NotOurs(f"{path}: there is no database")
 
 
 Hold = Callable[[], AbstractContextManager[Any]]  # makes what holds signals back
@@ -1943,10 +1903,10 @@ class Database(AbstractContextManager["Database"]):
         found = self.execute("SELECT * FROM cursors WHERE subreddit = ?", (name,))
         return Cursor(*found[0]) if found else None
 
-    def due(self, before_utc: int, names: Sequence[str]) -> Iterator[str]:
+    def due(self, before_utc: int, names: Names) -> Iterator[str]:
         """Yield the ids of posts last asked about, or stored, until then, oldest stored first.
 
-        `names` (lower case) select subreddits; none, or all, selects every post. A part at a
+        `names` select subreddits; none, or all, selects every post. A part at a
         time, so that signals are heard, and little is held.
         """
         chosen = [] if "all" in names else names
@@ -2021,12 +1981,6 @@ def load(
     return stored
 
 
-def check_exists(path: str) -> None:
-    """Raise NotOurs if PATH is no database of ours, or is still to be made."""
-    if not check_header(os.path.abspath(path)):
-        raise NotOurs(f"{path}: there is no database")
-
-
 COUNT_PART = """SELECT ifnull(lower(subreddit), ''), max(ifnull(created_utc, 0) / 86400, ?),
     count(*), {} FROM posts WHERE _rowid_ BETWEEN ? AND ? GROUP BY 1, 2"""
 
@@ -2060,7 +2014,7 @@ class Survey:
 def survey(path: str, first_day: int) -> Survey:
     """Read what a database holds while others write; changes nothing. Raises NotOurs."""
     path = os.path.abspath(path)
-    check_exists(path)
+    check_header(path, exists=True)
     # Where a WAL cannot be made beside it: https://www.sqlite.org/wal.html#read_only_databases
     sealed = not (os.access(os.path.dirname(path), os.W_OK) or os.path.exists(f"{path}-wal"))
     uri = f"file:{quote(os.fsencode(path))}?" + ("immutable=1" if sealed else "mode=rw")

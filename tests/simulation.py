@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fake_reddit
 import pipeline
 from fake_reddit import HTML, PLACE, FakeReddit, Item, Reply, base36, error_reply, reply
-from virtual import Ended, VirtualClock, fetch_from
+from virtual import Ended, VirtualClock, fetch_from, stream
 
 AT_ONCE = 4.0  # seconds; no look-back is shorter
 ON_TIME = 30.0  # seconds; a post listed later than this counts as late
@@ -662,7 +662,7 @@ class Run:
             access = pipeline.Access(client_id="app-id", client_secret="app-secret")
         reddit = pipeline.Reddit(access, model.fetch, self.clock)
         with pipeline.Database(str(self.path), clock=self.clock) as database:
-            for batch in pipeline.stream(
+            for batch in stream(
                 reddit,
                 scenario.names,
                 database,

@@ -63,10 +63,9 @@ from pipeline import (
     kind_of,
     load,
     read_value,
-    stream,
     transform,
 )
-from virtual import VirtualClock, fetch_from
+from virtual import VirtualClock, fetch_from, stream
 
 NOW = 1_790_000_000
 POSTS = [make_post(n, NOW - 100 + n) for n in range(3)]

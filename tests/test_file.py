@@ -287,8 +287,14 @@ BAD_LINES = {
     "UTF-16": ('{"id": "x1"}'.encode("utf-16"), "not JSON ('utf-8' codec"),
     "nested too deeply": (b'{"id": "x1", "x": ' + DEEP + b"}", "not JSON (nested too deeply)"),
     "an integer without end": (b'{"x": ' + b"9" * 5000 + b"}", "not JSON (Exceeds the limit"),
-    "too long": (BOM + b'{"x": "' + b"x" * (16 * MEBIBYTE) + b'"}', "longer than 16 MiB"),
-    "a little too long": (BOM + b'"' + b"x" * (16 * MEBIBYTE - 1) + b'"', "longer than 16 MiB"),
+    "too long": (
+        BOM + b'{"x": "' + b"x" * (16 * MEBIBYTE) + b'"}',
+        "not JSON (longer than 16 MiB)",
+    ),
+    "a little too long": (
+        BOM + b'"' + b"x" * (16 * MEBIBYTE - 1) + b'"',
+        "not JSON (longer than 16 MiB)",
+    ),
 }
 
 

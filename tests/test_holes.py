@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import pipeline
 from conftest import query
 from fake_reddit import Budget, FakeReddit, Fault, Post, Reply, error_reply, listing
-from virtual import VirtualClock, fetch_from
+from virtual import VirtualClock, fetch_from, stream
 
 SEED = int(os.environ.get("REDPIPE_SEED") or random.SystemRandom().randrange(10**9))
 EXAMPLES = int(os.environ.get("REDPIPE_EXAMPLES") or 40)
@@ -200,7 +200,7 @@ class Redpipe:
         self.ills: dict[str, tuple[Reply, int]] = {}  # with: until which request
         self.doomed = False
         source = pipeline.Reddit(ACCESS, self.fetch, world.clock)
-        self.stream = pipeline.stream(source, names, self.database, once=once, chance=lambda: 0.5)
+        self.stream = stream(source, names, self.database, once=once, chance=lambda: 0.5)
 
     def die(self) -> None:
         self.stream.close()

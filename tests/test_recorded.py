@@ -11,8 +11,8 @@ import pytest
 
 from conftest import query
 from fake_reddit import Budget, FakeReddit
-from pipeline import Access, Database, Reddit, http_fetch, load, stream, transform
-from virtual import VirtualClock
+from pipeline import Access, Database, Reddit, http_fetch, load, transform
+from virtual import VirtualClock, stream
 
 ROWS = (
     "SELECT id, created_utc, subreddit, title, author, author_name, permalink FROM posts"

@@ -39,7 +39,7 @@ from fake_reddit import (
     thing,
     wrong_gzip,
 )
-from virtual import VirtualClock
+from virtual import VirtualClock, stream
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -162,7 +162,7 @@ def poll(fake_reddit, database, caplog):
         access = pipeline.Access(fake_reddit.url, *id_and_secret, "some_body", FEED_TOKEN)
         reddit = pipeline.Reddit(access, pipeline.http_fetch(), clock)
         with pipeline.Database(str(database), clock=clock) as memory:
-            batches = pipeline.stream(reddit, ["python"], memory)
+            batches = stream(reddit, ["python"], memory)
             try:
                 for batch, _ in zip(batches, range(4), strict=False):
                     pipeline.load(memory, map(pipeline.transform, batch.posts), batch.cursors)

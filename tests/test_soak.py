@@ -22,7 +22,7 @@ import pytest
 import pipeline
 from conftest import query, stored
 from fake_reddit import Budget, FakeReddit, Fault, make_post, reply
-from virtual import VirtualClock, fetch_from
+from virtual import VirtualClock, fetch_from, stream
 
 HOUR = 3600.0
 DAY = 24 * HOUR
@@ -132,9 +132,7 @@ class Soak:
         hour, ends = self.clock.monotonic(), self.clock.monotonic() + days * DAY
         moved = set()
         with pipeline.Database(str(self.database), clock=self.machine) as memory:
-            for batch in pipeline.stream(
-                source, NAMES, memory, interval=300, chance=self.dice.random
-            ):
+            for batch in stream(source, NAMES, memory, interval=300, chance=self.dice.random):
                 rows = [pipeline.transform(post) for post in batch.posts]
                 pipeline.load(memory, rows, batch.cursors, batch.gaps)
                 moved.update(cursor.subreddit for cursor in batch.cursors)

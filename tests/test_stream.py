@@ -13,7 +13,7 @@ import pytest
 
 import pipeline
 from fake_reddit import Budget, Fault, Post, error_reply, listing, thing
-from virtual import ACCESS, T, World, fetch_from, listed
+from virtual import ACCESS, T, World, fetch_from, listed, stream
 
 FEED = {"permalink": "/r/python/comments/x/"}
 EMPTY = (200, {}, listing([]))
@@ -161,7 +161,7 @@ def test_a_walk_that_does_not_finish_stores_nothing_and_moves_nothing(world, req
 def test_after_a_kill_between_walk_and_transaction_the_next_poll_gives_the_same(world):
     world.list_posts("p", 3, -100, 1)
     source = pipeline.Reddit(ACCESS, world.fetch, world.clock)
-    lost = next(pipeline.stream(source, ["python"], world.database, once=True))
+    lost = next(stream(source, ["python"], world.database, once=True))
     assert world.once() == [lost]
 
 

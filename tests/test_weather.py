@@ -32,8 +32,8 @@ from fake_reddit import (
     make_post,
     reply,
 )
-from pipeline import Access, Database, Reddit, http_date, http_fetch, load, stream, transform
-from virtual import VirtualClock, fetch_from
+from pipeline import Access, Database, Reddit, http_date, http_fetch, load, transform
+from virtual import VirtualClock, fetch_from, stream
 
 START = 1_790_000_000
 COLUMNS = "id, created_utc, subreddit, title, author, author_name, permalink"

@@ -119,6 +119,18 @@ class SharedClock(VirtualClock):
         self.now = now
 
 
+def stream(
+    reddit: pipeline.Reddit,
+    names: pipeline.Names,
+    database: pipeline.Database,
+    interval: float = 25.0,
+    **options: Any,
+) -> Iterator[pipeline.Batch]:
+    """Follow as the program does; `options` are the Asker's."""
+    asker = pipeline.Asker(reddit, **{"once": False, **options})
+    return pipeline.stream(asker, names, database, interval)
+
+
 def fetch_from(
     reddit: FakeReddit, clock: VirtualClock, latency: float | Callable[[], float] = 0.35
 ) -> Callable[[pipeline.Request], pipeline.Answer]:
@@ -191,7 +203,7 @@ class World:
         """Follow names (r/python unless told), and store each batch when it has come."""
         source = pipeline.Reddit(self.access, self.fetch, self.clock)
         options = {"chance": lambda: 0.5, **options}
-        for batch in pipeline.stream(source, names or ("python",), self.database, **options):
+        for batch in stream(source, names or ("python",), self.database, **options):
             self.load(batch.posts, batch.cursors, batch.gaps)
             yield batch
 
