@@ -416,8 +416,6 @@ class FakeReddit:
         feed_login          a wrong feed token gets a login page
         feed_filter         called with each feed, gives the bytes to send in its place
         refusals_in_html    refusals of a subreddit are pages for people, not JSON
-        idle_limit          seconds after which a silent connection is dropped: the next
-                            request on it is answered by a reset
         feed_tokens         {feed token: user name}
         reasons             whether refusals of a subreddit carry their `reason`
         faults              called with (method, path, query), gives a Fault, a Reply, or None
@@ -438,7 +436,6 @@ class FakeReddit:
         self.feed_login = False
         self.feed_filter: Callable[[bytes], bytes] | None = None
         self.refusals_in_html = False
-        self.idle_limit = math.inf
         self.feed_tokens: dict[str, str] = {}
         self.reasons = True
         self.faults: Callable[[str, str, dict[str, str]], Fault | Reply | None] | None = None
@@ -934,8 +931,6 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # one packet for headers and body, where they fit
     server: _Server
-    spoke = math.inf
-    """When this connection was used last."""
 
     def do_GET(self) -> None:
         """Answer a request of any method."""
@@ -944,12 +939,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", 0)))
         released = self.server.released
-        now, idle_since = self.server.reddit.clock.time(), self.spoke
-        self.spoke = now
-        if now - idle_since > self.server.reddit.idle_limit:
-            self.close_connection = True
-            self._reset(RESET, released)
-            return
         answer = self.server.reddit.handle(self.command, unquote(target.path), query, headers, body)
         if isinstance(answer, Fault):
             self.close_connection = True

@@ -217,6 +217,9 @@ BAD_ADDRESSES += ["http://two words", "http://user:sesame@127.0.0.1"]
         ({"REDDIT_FEED_TOKEN": "sesame"}, "REDDIT_USERNAME"),
         ({"REDDIT_USERNAME": "some body"}, "REDDIT_USERNAME"),
         ({"REDDIT_USERNAME": "a\r\nX-Evil: 1"}, "REDDIT_USERNAME"),
+        ({"REDDIT_USERNAME": "a", "REDDIT_FEED_TOKEN": "sesame two"}, "REDDIT_FEED_TOKEN"),
+        ({"REDDIT_USERNAME": "a", "REDDIT_FEED_TOKEN": "sesam\xe9"}, "REDDIT_FEED_TOKEN"),
+        ({"REDDIT_USERNAME": "a", "REDDIT_FEED_TOKEN": "sesame\udce9"}, "REDDIT_FEED_TOKEN"),
         ({"REQUESTS_CA_BUNDLE": "/nowhere/ca.pem"}, "REQUESTS_CA_BUNDLE"),
     ],
 )

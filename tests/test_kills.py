@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import time
-from contextlib import suppress
 
 import pytest
 
@@ -93,16 +91,3 @@ def test_many_names_lose_nothing_to_two_kills(follow_many):
 @pytest.mark.timeout(900)
 def test_three_hundred_names_lose_nothing_in_five_minutes_with_two_kills(follow_many):
     follow_many(300, seconds=300)
-
-
-def test_a_killed_import_goes_on(redpipe, tmp_path, database, seed):
-    file = tmp_path / "posts.ndjson"
-    lines = [f'{{"name": "t3_{n}a", "title": "{"x" * 2000}"}}\n' for n in range(20_000)]
-    file.write_text("".join(lines), "utf-8")
-    process = redpipe.start(f"--from={file}", database)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(random.Random(seed).uniform(0.2, 0.5))
-    process.kill()
-    process.communicate()
-    assert redpipe(f"--from={file}", database) == (0, "", "")
-    assert len(stored(database)) == 20_000
