@@ -253,6 +253,7 @@ OAUTH = {
     "200 with an error's name": (json_reply(200, {"error": "oops"}), came("200 (oops)")),
     "200 with its number": (json_reply(200, {"error": 503}), came("200 (Service Unavailable)")),
     "200 with an unknown number": (json_reply(200, {"error": 520}), came("200 (error 520)")),
+    "200 with a long number": (json_reply(200, {"error": 4711}), came("200 (no reason given)")),
     "200 with a token": (json_reply(200, {"access_token": "x"}), NO_LISTING),
     "200 with a JSON list": (json_reply(200, [{"kind": "Listing"}]), NO_JSON),
     "a type that is none": (typed("?", "a-s3cret"), came("200 (of unknown type)")),
