@@ -59,8 +59,8 @@ else:
 
 VERSION = "2.0.0"
 
-# python -OO leaves the docstring out.
-USAGE = (__doc__ or globals()["__loader__"].get_source(__name__).split('"""')[1]).strip()
+# python -OO leaves the docstring out, which is the first one in the source.
+USAGE = (__doc__ or __import__("inspect").getsource(sys.modules[__name__]).split('"""')[1]).strip()
 
 CONFLICTS = {  # none of the second goes with the first
     "--from": ("--once", "--recheck", "--status", "--interval", "--print"),
@@ -239,12 +239,13 @@ def read_access(environ: "Mapping[str, str]") -> "pipeline.Access":
     url = environ.get("REDPIPE_URL", "").strip()
     if url and ("@" in url or "://" not in url or not is_address(url)):  # it may hold a password
         raise pipeline.BadEnvironment("REDPIPE_URL: not of the form http(s)://host[:port][/path]")
-    if not re.fullmatch("[!-~]*", user + token):
-        raise pipeline.BadEnvironment("REDDIT_USERNAME, REDDIT_FEED_TOKEN: not as Reddit has them")
     if secret and not client_id:
         raise pipeline.BadEnvironment("REDDIT_CLIENT_SECRET is set, but REDDIT_CLIENT_ID is not")
     if token and not user:
         raise pipeline.BadEnvironment("REDDIT_FEED_TOKEN is set, but REDDIT_USERNAME is not")
+    for name, value, form in ("USERNAME", user, "[A-Za-z0-9_-]*"), ("FEED_TOKEN", token, "[!-~]*"):
+        if not re.fullmatch(form, value):
+            raise pipeline.BadEnvironment(f"REDDIT_{name}: not of the form that Reddit gives")
     if (client_id or token) and url.lower().startswith("http:") and not pipeline.is_loopback(url):
         raise pipeline.BadEnvironment("REDPIPE_URL: credentials go to other machines by https only")
     check_certificates(environ)
@@ -409,6 +410,8 @@ class Run:
         self.signals = signals
         self.console = console
         self.path: str = arguments["<database>"]
+        with suppress(FileNotFoundError):  # the current folder may be deleted
+            self.path = os.path.abspath(self.path)  # and never :memory:
         self.names = parse_subreddits([name for name in arguments["<subreddit>"] if name != "--"])
         self.fields = pipeline.parse_fields(arguments["--field"])
         self.interval = parse_number("--interval", given.get("--interval", "25"), 1, 3600)
@@ -436,22 +439,20 @@ class Run:
         """Ask about stored posts again, erase what was deleted and refresh the fields."""
         from collections import Counter
 
-        reddit, counts = self.open_reddit(), Counter[str]()
+        reddit, sums = self.open_reddit(), Counter[str]()
         if not reddit.access.client_id:
             raise pipeline.BadEnvironment("--recheck needs an app; see README, Credentials")
         pipeline.check_header(self.path, exists=True)
         names = pipeline.several(self.names) or "all posts"
 
-        def line() -> str:
-            said = "{asked:,} of {due:,} asked, {refreshed:,} refreshed, {erased:,} erased"
-            return said.format_map(counts)
-
+        line = "{asked:,} of {due:,} asked, {erased:,} erased".format_map
+        end = "{asked:,} asked, {refreshed:,} refreshed, {erased:,} erased".format_map
         with self.open_database() as database:
             asker = pipeline.ModestAsker(reddit, once=True)
             what = f"rechecking {names} {source_of(reddit.access)}"
-            with self.told(what, line, line, lambda: standing(reddit)):
+            with self.told(what, lambda: line(sums), lambda: end(sums), lambda: standing(reddit)):
                 for part in pipeline.recheck(asker, database, self.names, self.fields, self.hours):
-                    counts.update(part)
+                    sums.update(part)
 
     def show_status(self) -> None:
         """Print what is stored of each name. Raises Failed if one was not polled lately."""
@@ -508,7 +509,7 @@ class Run:
     def told(self, what: str, line: "Tell", result: "Tell", standing: "Tell") -> "Iterator[None]":
         """Say how it goes: at the beginning, all the time, and at the end."""
         gc.enable()
-        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.path)
+        pipeline.log.info("%s into %s; Ctrl-C stops it", what, self.arguments["<database>"])
         self.console.live(lambda: f"{line()}, {standing()}")
         try:
             yield

@@ -50,7 +50,6 @@ HORIZON = 1000  # items a listing holds (reddit-archive, lib/db/queries.py)
 # that ends below this many was short by itself, one above may have been cut.
 SHORT = 750
 STEADY = 1.0  # seconds in which few posts are listed, of all of Reddit too
-RUNAWAY = 4 * HORIZON // PAGE  # pages after which even an endless listing ends a walk
 
 TIMEOUTS = 5.0, 10.0  # seconds; to connect, and between two parts of an answer
 BODY_TIMEOUT = 30.0
@@ -717,7 +716,7 @@ def full_walk_is_due(cursor: Cursor, now: float, rate: float, share: float) -> b
     tenth of the name's `share` of the budget, in requests a second.
     """
     shortest = max(300.0, seconds_per_page(rate), HORIZON / PAGE / (0.1 * share))
-    shortest = min(shortest, 1e9)  # of a dead one
+    shortest = min(shortest, 1e9)  # finite, where a page takes for ever
     length = 300 * 2.0 ** math.ceil(math.log2(shortest / 300))
 
     def turn(utc: float) -> float:
@@ -978,7 +977,7 @@ def pages_back(first: Page, ask: Ask) -> Iterator[Page]:
     holds its own anchor comes from somebody who does not look at anchors.
     """
     page, read = first, list[str]()
-    for pages in range(1, RUNAWAY):
+    for pages in range(1, 4 * HORIZON // PAGE):  # even if it has no end
         yield page
         read += map(fullname, page.posts)
         exhausted = pages >= HORIZON // PAGE and len(set(read)) >= SHORT
@@ -1113,8 +1112,8 @@ def backoff(failures: int, rate: float, chance: float) -> float:
 class Asker:
     """Asks until there is an answer: waits for the budget, and after failures.
 
-    With `once` its patience ends; then `exhausted` says why. `spare`: the part of every
-    window that it leaves to others.
+    With `once` its patience, which begins now, ends; then `exhausted` says why. `spare`: the
+    part of every window that it leaves to others.
     """
 
     spare = 0.0
@@ -1212,7 +1211,7 @@ class Follower:
         self.database = database
         self.interval = interval
         self.followed = len(names)
-        # Of what changes; a single run ends with one line that says it all.
+        # Of what is told of single names: one run ends with one line that says it all.
         self.level = logging.INFO if asker.once else logging.WARNING
         rates = database.rates()
         self.listings = [
@@ -1378,8 +1377,8 @@ def stream(asker: Asker, names: Names, database: Database, interval: float) -> I
 
 # --- Asking again -------------------------------------------------------------
 
-# Whose wish it was that a post be gone: its author's; the law's, or Reddit's own. What a
-# moderator or a filter removed is not among them. (The Arctic Shift schemas list all.)
+# Whose wish it was that a post be gone: its author's, or the law's and Reddit's own. What a
+# moderator or a filter removed is in neither. (The Arctic Shift schemas list all.)
 DELETED = ("deleted", "author")
 TAKEN_DOWN = ("content_takedown", "copyright_takedown", "anti_evil_ops", "community_ops")
 HIDDEN = ("[removed]", "[deleted]")  # what Reddit shows in the place of a text
@@ -1527,10 +1526,10 @@ def add_bad(tally: Counter[str], line_number: int, reason: str) -> None:
 
 
 def file_posts(file: BinaryIO, wanted: frozenset[bytes], tally: Counter[str]) -> Iterator[Post]:
-    """Yield the wanted posts of a file (none: all of them), and count the rest.
+    """Yield the wanted posts of a file (none: all of them), and count the rest in `tally`.
 
-    `bad`: lines that are not posts, in whole or in part. `others`: posts of other
-    subreddits; a line that is passed over counts as one.
+    Its keys: `bad`, lines that are not posts, in whole or in part; `others`, posts of other
+    subreddits, where a line that is passed over counts as one.
     """
     for line_number, line in enumerate(lines(file), 1):
         if wanted and is_elsewhere(line, wanted):
@@ -1770,7 +1769,7 @@ PART = 10_000  # rows read at once: in between, signals are heard
 
 
 def check_header(path: str, *, exists: bool = False) -> None:
-    """Raise NotOurs if PATH is no database of ours; it may be none yet, unless it `exists`.
+    """Raise NotOurs if PATH is no database of ours; without `exists` it may be missing or empty.
 
     https://www.sqlite.org/fileformat.html#the_database_header
     """
@@ -1809,7 +1808,7 @@ class Database(AbstractContextManager["Database"]):
     def __init__(
         self, path: str, fields: Sequence[Field] = (), clock: Clock = time, hold: Hold = nullcontext
     ) -> None:
-        self.path = os.path.abspath(path)
+        self.path = path
         self.clock = clock
         self.hold = hold
         check_header(self.path)
@@ -2013,10 +2012,9 @@ class Survey:
 
 def survey(path: str, first_day: int) -> Survey:
     """Read what a database holds while others write; changes nothing. Raises NotOurs."""
-    path = os.path.abspath(path)
     check_header(path, exists=True)
     # Where a WAL cannot be made beside it: https://www.sqlite.org/wal.html#read_only_databases
-    sealed = not (os.access(os.path.dirname(path), os.W_OK) or os.path.exists(f"{path}-wal"))
+    sealed = not (os.access(os.path.dirname(path) or ".", os.W_OK) or os.path.exists(f"{path}-wal"))
     uri = f"file:{quote(os.fsencode(path))}?" + ("immutable=1" if sealed else "mode=rw")
     try:
         with closing(sqlite3.connect(uri, timeout=1.0, uri=True)) as connection:

@@ -216,6 +216,7 @@ BAD_ADDRESSES += ["http://two words", "http://user:sesame@127.0.0.1"]
         ({"REDDIT_CLIENT_SECRET": "sesame"}, "REDDIT_CLIENT_ID"),
         ({"REDDIT_FEED_TOKEN": "sesame"}, "REDDIT_USERNAME"),
         ({"REDDIT_USERNAME": "some body"}, "REDDIT_USERNAME"),
+        ({"REDDIT_USERNAME": "u/some_body"}, "REDDIT_USERNAME"),
         ({"REDDIT_USERNAME": "a\r\nX-Evil: 1"}, "REDDIT_USERNAME"),
         ({"REDDIT_USERNAME": "a", "REDDIT_FEED_TOKEN": "sesame two"}, "REDDIT_FEED_TOKEN"),
         ({"REDDIT_USERNAME": "a", "REDDIT_FEED_TOKEN": "sesam\xe9"}, "REDDIT_FEED_TOKEN"),

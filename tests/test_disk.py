@@ -21,7 +21,7 @@ import pytest
 
 import pipeline
 from artefact import wait_for
-from conftest import Done, add_posts, count_posts, says, stored
+from conftest import add_posts, count_posts, finish, says, stored
 from virtual import VirtualClock
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("app")]
@@ -76,11 +76,6 @@ def follow(redpipe, fake_reddit):
         return process, ids
 
     return start
-
-
-def finish(process):
-    out, err = process.communicate(timeout=30)
-    return Done(process.returncode, out, err)
 
 
 # Full
@@ -226,6 +221,14 @@ def test_a_folder_that_may_not_be_written_is_said(run_without_rights, tmp_path):
     database.parent.mkdir(mode=0o555)
     assert says(run_without_rights("--once", database, "python"), 73, database)
     assert list(database.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--once", "--from=/dev/null", "--status"])
+def test_a_current_folder_that_is_deleted_is_said(redpipe, tmp_path, option):
+    (tmp_path / "gone").mkdir()
+    go = 'cd gone && rmdir ../gone && exec "$@"'
+    process = redpipe.start_through("sh", "-c", go, "sh", *redpipe.command, option, "posts.db")
+    assert says(finish(process), 73, "posts.db")
 
 
 # Gone

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import PAGE, RUNAWAY, Page, Unanswered, pages_back
+from pipeline import HORIZON, PAGE, Page, Unanswered, pages_back
 
 
 class Listing:
@@ -93,4 +93,4 @@ def test_what_is_listed_at_the_end_has_been_read(feed, seed):
             read.update(post["id"] for post in page.posts)
     if page.after is None:
         assert before.intersection(listing.shown()) <= read
-    assert listing.asked <= 3 * RUNAWAY
+    assert listing.asked <= 12 * HORIZON // PAGE
