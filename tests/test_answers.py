@@ -583,6 +583,34 @@ def listing_of(world):
     return Request("GET", f"{world.url}/r/python/new/.json", {"raw_json": "1"}, {})
 
 
+ADDRESSES = {
+    "app-id": [
+        "https://www.reddit.com/api/v1/access_token Basic",
+        "https://oauth.reddit.com/r/python/new bearer",
+    ],
+    "": ["https://www.reddit.com/r/python/new/.json ", "https://www.reddit.com/r/python/new/.rss "],
+}
+
+
+@pytest.mark.parametrize(("client_id", "expected"), ADDRESSES.items())
+def test_reddits_own_addresses_get_no_more_than_they_need(client_id, expected, clock):
+    reddit, asked = FakeReddit(clock), []
+    reddit.anonymous_json_blocked = True
+    reddit.create("python")
+
+    def fetch(request):
+        kind = request.headers.get("Authorization", "").partition(" ")[0]
+        asked.append(f"{request.url} {kind}")
+        return fetch_from(reddit, clock)(request)
+
+    source = Reddit(Access("", client_id, client_id and "app-secret"), fetch, clock)
+    with suppress(AskAgain):
+        source.page("python")
+    if not client_id:
+        source.page("python")
+    assert asked == expected
+
+
 @pytest.mark.parametrize(("idle", "connections"), [(0, 1), (49, 1), (50, 2), (3600, 2)])
 def test_a_connection_that_was_idle_for_50_seconds_is_not_used_again(idle, connections, world):
     ports, handle = [], world.handle
