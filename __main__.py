@@ -475,9 +475,11 @@ class Run:
         """Import requests, whose certificates go from the archive to a temporary file."""
         import tempfile
 
-        access = read_access(os.environ)
         try:
-            with self.signals:  # an import that was broken off would leave that file behind
+            # An import that was broken off would leave that file behind, and C makes an
+            # ImportError of what is raised meanwhile.
+            with self.signals:
+                access = read_access(os.environ)
                 with tempfile.TemporaryFile() as file:  # a full disk would cut it off in silence
                     file.write(bytes(2**19))
                 reddit = pipeline.Reddit(access, pipeline.http_fetch())
