@@ -306,9 +306,11 @@ def answers(kind: str, size: int) -> list[Fault | Reply]:
 def run_once(world: World, names: Sequence[str]) -> None:
     """Let a redpipe walk each name once."""
     redpipe = Redpipe(world, names, once=True)
-    while redpipe.poll():
-        pass
-    redpipe.die()
+    try:
+        while redpipe.poll():
+            pass
+    finally:
+        redpipe.die()
 
 
 # What must hold
