@@ -238,7 +238,10 @@ def test_the_unit_starts_what_stops_by_sigterm(host, fake_reddit):
     command = shlex.split(host.located(settings(block("[Unit]"))["ExecStart"]))
     process = host.start(*command, REDPIPE_URL=fake_reddit.url)
     try:
-        wait_for(lambda: count_posts(host.database))
+        # Root, who is quicker to look than they are to make it, would make SQLite's index of the
+        # WAL for itself.
+        index = Path(f"{host.database}-shm")
+        wait_for(lambda: index.exists() and count_posts(host.database))
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=10)
     finally:
