@@ -41,12 +41,12 @@ MINUTES = {
     4: "log-normal refused hanging other-600 broken broken-hanging restart windows",
     5: "cron-17",
     6: "slow stall",
-    15: "five anchors other bursts",
+    15: "five anchors bursts",
     20: "all down scarce one cut beside-ten anonymous feed",
     30: "outage bare-429s three thirty forty cron",
     40: "late on-top",
     60: "kills thinned young feed-kills feed-young forty-slow forty-mixed private headless beside"
-    " approved",
+    " approved other",
     120: "approved-beside",
     180: "quiet",
 }
