@@ -1211,7 +1211,7 @@ class Follower:
         self.database = database
         self.interval = interval
         self.followed = len(names)
-        # Of what is told of single names: one run ends with one line that says it all.
+        # How loud a name's troubles are told: a single run says it all in its last line.
         self.level = logging.INFO if asker.once else logging.WARNING
         rates = database.rates()
         self.listings = [

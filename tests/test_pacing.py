@@ -46,7 +46,6 @@ pure = settings(deadline=None, phases=PHASES)
 
 phases = st.integers(0, 599)
 rates = st.floats(0, 30)
-budget_rates = st.floats(0, 20)
 
 
 class Sent(NamedTuple):

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -45,7 +45,6 @@ NEW_ENOUGH = [python for python in find_pythons() if python.version >= (3, 10, 0
 TOO_OLD = [python for python in find_pythons() if python.version < (3, 10, 0)]
 SORTING = [python for python in NEW_ENOUGH if python.version >= (3, 12, 0)]
 
-BareOf = Callable[[str], Path]
 every_python = pytest.mark.parametrize("python", NEW_ENOUGH, ids=str)
 
 # Modules that need something outside of the bundle, by design.
